@@ -1,6 +1,5 @@
 """The drawn scenes are pure functions of their arguments, exact in their labels and complete."""
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -1,0 +1,214 @@
+"""bn_stats.py against slow loops, DeepInversion's loss, and the numbers in its own docstring."""
+
+import math
+
+import pytest
+import torch
+import torchvision
+from conftest import with_random_statistics
+from torch import nn
+
+from bn_stats import (bn_distance, bn_layers, capture_bn_inputs, image_distances, select_layers,
+                      spatial_moments)
+
+
+def example():
+    layer = nn.BatchNorm2d(2, eps=0.0).eval()
+    layer.running_mean, layer.running_var = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 5.0])
+    return layer, torch.tensor([[1.0, 1, 5, 5], [4, 4, 6, 6]]).view(1, 2, 2, 2)
+
+
+@pytest.fixture(scope="module")
+def deeplab():
+    torch.manual_seed(0)
+    return with_random_statistics(torchvision.models.get_model(
+        "deeplabv3_resnet50", weights=None, weights_backbone=None, num_classes=5))
+
+
+@pytest.fixture(scope="module")
+def seen(deeplab):
+    """Return images and, per layer, the full maps that entered it, in float64."""
+    images = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    maps = {}
+    hooks = [layer.register_forward_pre_hook(
+        lambda module, args, name=name: maps.__setitem__(name, args[0].double()))
+        for name, layer in bn_layers(deeplab).items()]
+    with torch.no_grad():
+        deeplab(images)
+    for hook in hooks:
+        hook.remove()
+    return images, maps
+
+
+def slow_distance(maps, layers, metric):
+    """Return (B, L) from whole float64 maps, channel by channel, in plain Python."""
+    table = []
+    for b in range(len(next(iter(maps.values())))):
+        row = []
+        for name, f in maps.items():
+            layer, eps = layers[name], layers[name].eps
+            if f.shape[-1] * f.shape[-2] == 1:
+                continue
+            first, second, divergence = 0.0, 0.0, 0.0
+            for c in range(f.shape[1]):
+                pixels = f[b, c].flatten()
+                mu = pixels.sum().item() / len(pixels)
+                var = ((pixels - mu) ** 2).sum().item() / len(pixels)
+                m, v = layer.running_mean[c].item(), layer.running_var[c].item()
+                if metric == "l2":
+                    first, second = first + (mu - m) ** 2, second + (var - v) ** 2
+                else:
+                    first += (mu - m) ** 2 / (v + eps)
+                    second += (var / (v + eps) - 1) ** 2
+                ratio = (var + eps) / (v + eps)
+                divergence += (ratio + (mu - m) ** 2 / (v + eps) - 1 - math.log(ratio)) / 2
+            row.append(divergence / f.shape[1] if metric == "kl"
+                       else math.sqrt(first) + math.sqrt(second))
+        table.append(row)
+    return torch.tensor(table)
+
+
+@pytest.mark.parametrize(("metric", "expected"), [("l2", 10), ("standardised", 6.598),
+                                                  ("kl", 3.656)])
+def test_the_worked_example_in_the_docstring_is_right(metric, expected):
+    layer, image = example()
+    assert image_distances(layer, image, metric=metric).item() == pytest.approx(expected, abs=5e-4)
+
+
+@pytest.mark.parametrize("metric", ["l2", "standardised", "kl"])
+def test_distances_equal_a_per_pixel_computation_in_float64(deeplab, seen, metric):
+    images, maps = seen
+    layers = bn_layers(deeplab)
+    with torch.no_grad(), capture_bn_inputs(deeplab) as captured:
+        deeplab(images[:1])
+    fast = bn_distance(captured, layers, metric)
+    slow = slow_distance({name: f[:1] for name, f in maps.items()}, layers, metric)
+    torch.testing.assert_close(fast.double(), slow.double(), rtol=1e-4, atol=1e-6)
+
+
+def test_for_one_image_l2_is_the_batch_norm_loss_of_deepinversion(deeplab, seen):
+    images, maps = seen
+    loss = 0.0
+    for name, layer in bn_layers(deeplab).items():
+        f = maps[name][:1]                                         # a batch of one image
+        if f.shape[-1] > 1:
+            mean, var = f.mean([0, 2, 3]), f.permute(1, 0, 2, 3).reshape(f.shape[1], -1).var(
+                1, unbiased=False)
+            loss += (layer.running_var.double() - var).norm(2)
+            loss += (layer.running_mean.double() - mean).norm(2)
+    assert image_distances(deeplab, images[:1]).item() == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_a_score_does_not_depend_on_the_batch_it_comes_in(deeplab, seen):
+    images, _ = seen
+    whole = image_distances(deeplab, images)
+    for sizes in ([1] * 8, [5, 3]):
+        parts = torch.cat([image_distances(deeplab, part) for part in images.split(sizes)])
+        torch.testing.assert_close(parts, whole, rtol=1e-4, atol=0)
+
+
+def test_the_model_is_unchanged_to_the_bit_and_keeps_no_hook(deeplab, seen):
+    before = {name: tensor.clone() for name, tensor in deeplab.state_dict().items()}
+    image_distances(deeplab, seen[0])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in deeplab.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in deeplab.modules())
+
+
+def test_hooks_come_off_when_the_body_raises(deeplab):
+    with pytest.raises(RuntimeError, match="halfway"), capture_bn_inputs(deeplab):
+        raise RuntimeError("halfway")
+    assert not any(module._forward_pre_hooks for module in deeplab.modules())
+
+
+@pytest.mark.parametrize("metric", ["l2", "standardised", "kl"])
+def test_constant_images_have_finite_distances_and_gradients(metric):
+    network = with_random_statistics(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    images = torch.full((2, 3, 8, 8), 0.5, requires_grad=True)
+    with capture_bn_inputs(network) as captured:
+        network(images)
+    bn_distance(captured, bn_layers(network), metric).sum().backward()
+    assert torch.isfinite(images.grad).all()
+
+
+def test_the_distance_is_differentiable_with_respect_to_the_images():
+    network = with_random_statistics(nn.Sequential(nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2)))
+    images = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def distance(x):
+        with capture_bn_inputs(network) as captured:
+            network(x)
+        return bn_distance(captured, bn_layers(network), "kl").sum()
+
+    x = images.clone().requires_grad_()
+    distance(x).backward()
+    step = torch.zeros_like(images)
+    step[0, 0, 2, 2] = 1e-2
+    with torch.no_grad():
+        slope = (distance(images + step) - distance(images - step)) / 2e-2
+    assert x.grad[0, 0, 2, 2].item() == pytest.approx(slope.item(), rel=1e-2)
+
+
+def test_moments_survive_a_mean_that_is_large_against_the_spread():
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.randn(2, 3, 16, 16, generator=generator, dtype=torch.double)
+    features = (1000 + 0.1 * spread).float()
+    mean, var = spatial_moments(features, torch.full((3,), 1000.0))
+    expected = features.double()
+    torch.testing.assert_close(mean.double(), expected.mean((2, 3)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(var.double(), expected.var((2, 3), unbiased=False), rtol=1e-3,
+                               atol=0)
+
+
+def test_layers_behind_global_pooling_are_left_out():
+    network = with_random_statistics(nn.Sequential(
+        nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3)))
+    with capture_bn_inputs(network) as captured:
+        network(torch.rand(2, 3, 4, 4))
+    assert list(captured) == ["0"]
+
+
+def test_only_layers_with_a_memory_are_listed():
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3, track_running_stats=False),
+                            nn.GroupNorm(1, 3), nn.BatchNorm1d(3), nn.SyncBatchNorm(3),
+                            torchvision.ops.FrozenBatchNorm2d(3))
+    assert list(bn_layers(network)) == ["0", "4", "5"]
+
+
+def test_frozen_layers_score_like_ordinary_ones():
+    layer, image = example()
+    frozen = torchvision.ops.FrozenBatchNorm2d(2, eps=0.0)
+    frozen.running_mean, frozen.running_var = layer.running_mean, layer.running_var
+    assert image_distances(nn.Sequential(frozen).eval(), image).item() == pytest.approx(10)
+
+
+def test_a_network_without_batchnorm_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match="no 2-D BatchNorm layer"):
+        bn_layers(nn.Sequential(nn.Conv2d(3, 3, 1), nn.GroupNorm(1, 3)))
+
+
+def test_a_layer_in_training_mode_is_refused_and_not_touched():
+    network = nn.Sequential(nn.BatchNorm2d(3))
+    with pytest.raises(ValueError, match=r"training mode.*eval"):
+        image_distances(network, torch.rand(1, 3, 4, 4))
+    assert network[0].num_batches_tracked == 0
+
+
+@pytest.mark.parametrize(("spec", "expected"), [
+    ("all", "a.0 a.1 b.0 b.1 b.2 c"), ("early", "a.0 a.1"), ("middle", "b.0 b.1"),
+    ("late", "b.2 c"), ("b", "b.0 b.1 b.2"), ("c,a.1", "a.1 c"), ("0,-1", "a.0 c"),
+    ([2, "a.0"], "a.0 b.0"), ("early,c", "a.0 a.1 c")])
+def test_layers_are_selected_by_preset_name_prefix_or_index(spec, expected):
+    layers = dict.fromkeys(["a.0", "a.1", "b.0", "b.1", "b.2", "c"])
+    assert " ".join(select_layers(layers, spec)) == expected
+
+
+def test_a_layer_that_does_not_exist_is_refused():
+    for spec in ("layer9", "1", ""):
+        with pytest.raises(ValueError, match=f"matches '{spec}'"):
+            select_layers({"a": None}, spec)
+
+
+def test_an_unknown_metric_is_refused():
+    layer, image = example()
+    with pytest.raises(ValueError, match=r"a metric out of .*'cosine'"):
+        image_distances(layer, image, metric="cosine")
