@@ -1,0 +1,238 @@
+"""Teachers and students: torchvision's segmentation networks and two small ones for a CPU.
+
+Idea
+    Every network here maps RGB in [0, 1] to logits and carries its own normalisation as buffers:
+    the teacher's BatchNorm statistics only mean something under the normalisation it was trained
+    with, so the two must not be able to part.
+
+Paper
+    The networks of DFSS are not public. `deeplabv3_mobilenet_v2` follows the student that DFAD
+    (Fang et al., arXiv 1912.11006) used on CamVid; what differs is said at `MobileNetV2Features`.
+
+Symbols
+    B images, K classes, H W pixels.
+
+Use it
+    from models import build_model, freeze
+    teacher = freeze(build_model("deeplabv3_resnet50", 21, weights="DEFAULT"))
+    logits = teacher(images)                            # (B, 3, H, W) in [0, 1] -> (B, K, H, W)
+
+Run it
+    python models.py            (CPU, seconds: the names, parameters and multiply-adds)
+"""
+
+import hashlib
+import types
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.models.segmentation.deeplabv3 import DeepLabHead
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TORCHVISION = ("deeplabv3_resnet50", "deeplabv3_resnet101", "fcn_resnet50",
+               "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large")
+MODELS = ("resnet_small", "resnet_tiny", "deeplabv3_mobilenet_v2", *TORCHVISION)
+
+
+def conv_bn(c_in, c_out, kernel=3, stride=1, act=True):
+    """Return convolution, BatchNorm and, if `act`, ReLU."""
+    layers = [nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False),
+              nn.BatchNorm2d(c_out)]
+    return nn.Sequential(*layers, nn.ReLU(inplace=True)) if act else nn.Sequential(*layers)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut: (B, c_in, H, W) -> (B, c_out, H/stride, W/stride)."""
+
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.body = nn.Sequential(conv_bn(c_in, c_out, 3, stride), conv_bn(c_out, c_out, act=False))
+        # The shortcut averages before its 1x1 convolution (ResNet-D): a strided one would look at
+        # a quarter of the pixels only.
+        self.shortcut = nn.Identity() if c_in == c_out and stride == 1 else nn.Sequential(
+            nn.AvgPool2d(stride, ceil_mode=True), conv_bn(c_in, c_out, 1, act=False))
+
+    def forward(self, x):
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+class SmallResNet(nn.Module):
+    """A residual network with a light decoder, for a CPU: (B, 3, H, W) -> (B, K, H/4, W/4)."""
+
+    def __init__(self, num_classes, width, blocks):
+        super().__init__()
+        channels = [width, 2 * width, 4 * width, 8 * width]            # at strides 2, 4, 8, 16
+        self.stem = conv_bn(3, width, 3, 2)
+        self.stages = nn.ModuleList(
+            nn.Sequential(*[ResidualBlock(c_out if i else c_in, c_out, 1 if i else 2)
+                            for i in range(blocks)])
+            for c_in, c_out in zip(channels, channels[1:], strict=False))
+        self.lateral = nn.ModuleList(conv_bn(c, 2 * width, 1) for c in channels[1:])
+        self.smooth = nn.Sequential(conv_bn(2 * width, 2 * width), conv_bn(2 * width, 2 * width))
+        self.head = nn.Conv2d(2 * width, num_classes, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        maps = []
+        for stage, lateral in zip(self.stages, self.lateral, strict=True):
+            x = stage(x)
+            maps.append(lateral(x))                                    # (B, 2*width, ., .)
+        y = maps.pop()
+        while maps:                                                    # coarse to fine
+            fine = maps.pop()
+            y = fine + F.interpolate(y, fine.shape[-2:], mode="bilinear")
+        return self.head(self.smooth(y))
+
+
+class MobileNetV2Features(nn.Module):
+    """MobileNetV2 up to its 320 channels at output stride 8 or 16: (B, 3, H, W) -> (B, 320, ., .).
+
+    Like DFAD's student; torchvision's inverted residuals instead of its own, and, as usual for
+    DeepLab, the first block behind a removed stride keeps the smaller dilation.
+    """
+
+    def __init__(self, output_stride, weights):
+        super().__init__()
+        self.features = torchvision.models.mobilenet_v2(weights=weights).features[:-1]
+        stride, dilation = 1, 1
+        for block in self.features:
+            behind = dilation
+            for conv in (m for m in block.modules() if isinstance(m, nn.Conv2d)):
+                if conv.stride == (2, 2):
+                    if stride == output_stride:
+                        conv.stride, dilation = (1, 1), dilation * 2
+                    else:
+                        stride *= 2
+                if conv.kernel_size == (3, 3):
+                    conv.dilation = conv.padding = (behind, behind)
+
+    def forward(self, x):
+        return self.features(x)
+
+
+class SegmentationModel(nn.Module):
+    """A network with its normalisation and its name: RGB in [0, 1] -> logits at the input's size.
+
+    net: any module from normalised images to logits, `{"out": logits}` or an object with `.logits`.
+    The mean and the standard deviation (3,) are buffers; name and class names travel along.
+    """
+
+    def __init__(self, net, name, num_classes, mean=IMAGENET_MEAN, std=IMAGENET_STD,
+                 class_names=None):
+        super().__init__()
+        self.net, self.name, self.num_classes = net, name, num_classes
+        self.class_names = list(class_names or (f"class {k}" for k in range(num_classes)))
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+
+    def forward(self, images):
+        logits = segmentation_logits(self.net, (images - self.mean) / self.std, resize=False)
+        return F.interpolate(logits, images.shape[-2:], mode="bilinear")         # (B, K, H, W)
+
+
+def segmentation_logits(model, images, resize=True):
+    """Return the logits of any segmentation network: (B, 3, H, W) -> (B, K, H, W).
+
+    Understands a tensor, torchvision's {"out": tensor} and an object with `.logits`
+    (transformers). resize: bilinearly to the size of `images`; else (B, K, h, w) as they come.
+    Raises ValueError for any other output.
+    """
+    output = model(images)
+    logits = output.get("out") if isinstance(output, dict) else getattr(output, "logits", output)
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 4:
+        raise ValueError("a segmentation network must return logits (B, K, H, W), {'out': logits} "
+                         f"or an object with .logits; got {type(output).__name__}")
+    if resize and logits.shape[-2:] != images.shape[-2:]:
+        logits = F.interpolate(logits, images.shape[-2:], mode="bilinear")
+    return logits
+
+
+def build_model(name, num_classes=None, weights=None, weights_backbone=None, output_stride=16,
+                **normalisation):
+    """Return a SegmentationModel, randomly initialised unless weights are asked for.
+
+    name: one of MODELS. num_classes: K; with `weights` it may be left out and must agree.
+    weights: "DEFAULT" or another name of torchvision's published segmentation weights; its classes
+    and normalisation come from their metadata. weights_backbone: the same for an ImageNet
+    backbone. Both download. output_stride: 8 or 16, deeplabv3_mobilenet_v2 only.
+    normalisation: mean, std, class_names. Raises ValueError for what does not fit together.
+    """
+    if name not in MODELS:
+        raise ValueError(f"model {name!r} is unknown; expected one of {', '.join(MODELS)}")
+    if weights is not None:
+        if name not in TORCHVISION:
+            raise ValueError(f"there are no published segmentation weights for {name}; expected "
+                             f"one of {', '.join(TORCHVISION)}")
+        published = torchvision.models.get_model_weights(name)[weights]
+        preset, categories = published.transforms(), published.meta["categories"]
+        if num_classes not in (None, len(categories)):
+            raise ValueError(f"{name} with weights {weights} has {len(categories)} classes, not "
+                             f"{num_classes}: {', '.join(categories)}")
+        net = torchvision.models.get_model(name, weights=published)
+        return SegmentationModel(net, name, len(categories), preset.mean, preset.std, categories)
+    if num_classes is None:
+        raise ValueError(f"{name} without published weights needs a number of classes")
+
+    if name == "resnet_small":                # the CPU teacher
+        net = SmallResNet(num_classes, width=32, blocks=2)
+    elif name == "resnet_tiny":               # its student, about thirteen times cheaper
+        net = SmallResNet(num_classes, width=12, blocks=1)
+    elif name == "deeplabv3_mobilenet_v2":
+        net = nn.Sequential(MobileNetV2Features(output_stride, weights_backbone),
+                            DeepLabHead(320, num_classes))
+    else:
+        net = torchvision.models.get_model(name, weights=None, weights_backbone=weights_backbone,
+                                           num_classes=num_classes)
+    return SegmentationModel(net, name, num_classes, **normalisation)
+
+
+def freeze(model):
+    """Return `model` in eval mode, without gradients, and unable to leave that mode.
+
+    A frozen teacher inside some larger module that is put in train() would silently overwrite its
+    BatchNorm statistics, the one thing DFSS reads. Each submodule therefore ignores train().
+    """
+    model.eval().requires_grad_(False)
+    for module in model.modules():
+        module.train = types.MethodType(lambda self, mode=True: self, module)
+    return model
+
+
+def fingerprint(model):
+    """Return a hash of all parameters and buffers, equal only if all bits are."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def cost(model, size):
+    """Return (parameters, multiply-adds of the convolutions for one image of size (H, W))."""
+    total = 0
+
+    def count(module, args, output):
+        nonlocal total
+        total += output[0].numel() * module.weight[0].numel()
+
+    handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Conv2d)]
+    training, device = model.training, next(model.parameters()).device
+    model.eval()(torch.zeros(1, 3, *size, device=device))
+    model.train(training)
+    for handle in handles:
+        handle.remove()
+    return sum(p.numel() for p in model.parameters()), total
+
+
+def demo():
+    """Print what each network costs."""
+    print(f"{'model':32s}{'parameters':>14s}{'multiply-adds at 96x128':>28s}")
+    for name in MODELS:
+        parameters, macs = cost(build_model(name, 11), (96, 128))
+        print(f"{name:32s}{parameters / 1e6:12.2f} M{macs / 1e6:26.0f} M")
+
+
+if __name__ == "__main__":
+    demo()
