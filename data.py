@@ -1,0 +1,317 @@
+"""Images in, tensors out: the unlabelled pool, the labelled data sets, and stateless batches.
+
+Idea
+    Batch t of a run is a pure function of (seed, t): which images, which crops, which jitter. A run
+    then resumes from its step alone, the number of loader workers cannot change a result, and two
+    methods that differ only in their images are paired crop by crop.
+
+Symbols
+    B images of a batch, K classes, H W pixels, N images.
+
+Use it
+    from data import Batches, Pool, open_labelled
+    batches = Batches(files, size=(96, 128), batch_size=16, seed=0)
+    images, slots = batches[t]                # (B, 3, H, W) float in [0, 1], (B,) indices of files
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset
+
+import scenes
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
+IGNORE = 255
+CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car",
+          "pedestrian", "bicyclist")
+VOC = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+       "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+       "train", "tvmonitor")
+CITYSCAPES = tuple(c.name for c in torchvision.datasets.Cityscapes.classes
+                   if c.train_id not in (-1, 255))
+# For each data set its class names (None: given by --num-classes) and the size it is used at.
+DATASETS = {"scenes": (scenes.CLASSES, (64, 96)), "camvid": (CAMVID, (360, 480)),
+            "voc": (VOC, (512, 512)), "cityscapes": (CITYSCAPES, (512, 1024)),
+            "folder": (None, (256, 256)), "none": (None, (256, 256))}
+
+
+# ---------------------------------------------------------------- files and single images
+
+def find_images(folder):
+    """Return the image files anywhere below a folder, sorted. Links to folders are not followed.
+
+    Raises FileNotFoundError if there is no such folder or no image in it.
+    """
+    if not folder or not Path(folder).is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}; expected a folder of images")
+    found = sorted(Path(root) / name for root, _, names in os.walk(folder) for name in names
+                   if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."))
+    if not found:
+        raise FileNotFoundError(f"no image below {folder}; expected files that end in "
+                                f"{', '.join(sorted(IMAGE_SUFFIXES))}")
+    return found
+
+
+def load_image(path, at_least=None):
+    """Return a file as an upright RGB picture; ValueError names the path if it cannot be read.
+
+    at_least: (H, W) that will do; a large JPEG is then decoded at a fraction of its size.
+    """
+    try:
+        with Image.open(path) as image:
+            if at_least is not None:
+                # Twice the target keeps the later reduction antialiased. Orientation is not
+                # applied yet, so ask for the longer side both ways.
+                image.draft("RGB", (2 * max(at_least), 2 * max(at_least)))
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):       # convert("RGB") would clip 16 bits to white
+                image = Image.fromarray((np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8))
+            return image.convert("RGB")
+    except Exception as error:                      # decoders raise nearly anything on bad input
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def view(image, size, scale=1.0, u=0.5, v=0.5, resample=Image.BILINEAR):
+    """Return a crop of a PIL picture with the shape of `size` = (H, W), resized to it.
+
+    At scale 1 the crop is as large as fits, at scale 2 half that on each side. u, v in [0, 1] place
+    it: 0 left or top, 1 right or bottom. The default is the view in which pool images are scored.
+    """
+    H, W = size
+    shrink = min(image.width / W, image.height / H) / scale
+    w, h = W * shrink, H * shrink
+    x, y = u * (image.width - w), v * (image.height - h)
+    return image.resize((W, H), resample, box=(x, y, x + w, y + h))
+
+
+def whole_view(image, size):
+    """Return the whole picture, its shape kept, at the scale at which it just covers `size`."""
+    scale = max(size[0] / image.height, size[1] / image.width)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.BILINEAR)
+
+
+def to_tensor(image):
+    """Return a PIL picture as uint8: (3, H, W) for RGB, (H, W) for an index mask."""
+    array = torch.from_numpy(np.array(image))
+    return array.permute(2, 0, 1).contiguous() if array.dim() == 3 else array
+
+
+def hold_out(files):
+    """Return (files to learn from, files to measure agreement on): every twentieth, at most 200."""
+    step = max(20, len(files) // 200)
+    if len(files) < step:
+        raise ValueError(f"the pool has {len(files)} images; --dataset none needs at least {step}, "
+                         "because it holds some out to measure agreement on")
+    return [f for i, f in enumerate(files) if i % step], files[::step][:200]
+
+
+class Pool(Dataset):
+    """Item i is (centre view of file i, uint8 (3, H, W), ""), or (zeros, why it cannot be read)."""
+
+    def __init__(self, files, size):
+        self.files, self.size = files, tuple(size)
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        try:
+            return to_tensor(view(load_image(self.files[index], self.size), self.size)), ""
+        except ValueError as error:
+            return torch.zeros(3, *self.size, dtype=torch.uint8), str(error)
+
+
+# ---------------------------------------------------------------- labelled data sets
+
+class Labelled(Dataset):
+    """Item i is (whole image at working scale, uint8 (3, h, w); label at its own size, (H, W)).
+
+    table: (256,) from a value in the file to a class, to IGNORE, or to -1 where it must not occur.
+    """
+
+    def __init__(self, images, labels, table, class_names, size):
+        self.images, self.labels, self.table = images, labels, table
+        self.class_names, self.size = list(class_names), tuple(size)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        image, mask = load_image(self.images[index]), load_mask(self.labels[index])
+        if image.size != mask.size:
+            raise ValueError(f"{self.labels[index]} is {mask.width}x{mask.height} but its image is "
+                             f"{image.width}x{image.height}; they must have the same size")
+        return to_tensor(whole_view(image, self.size)), self.classes(mask, self.labels[index])
+
+    def classes(self, mask, path):
+        """Return the classes of an index mask, int64 (H, W)."""
+        target = self.table[to_tensor(mask).long()]
+        if (target < 0).any():
+            bad = sorted(set(np.asarray(mask)[(target < 0).numpy()].tolist()))
+            raise ValueError(f"{path} holds the label values {bad[:8]}, which are none of the "
+                             f"{len(self.class_names)} classes nor void")
+        return target
+
+
+def load_mask(path):
+    """Return an index mask, one number a pixel. Raises ValueError for an RGB mask."""
+    mask = Image.open(path)
+    if mask.mode not in ("L", "P", "1"):
+        raise ValueError(f"{path} is a {mask.mode} picture; expected an index mask with one class "
+                         "number a pixel (8-bit greyscale or palette)")
+    return Image.fromarray(np.asarray(mask).astype(np.uint8))       # the indices, not the colours
+
+
+def open_labelled(dataset, root, split, size, num_classes=None, download=False):
+    """Return a data set as `Labelled`: scenes, camvid, voc, cityscapes or folder.
+
+    root: for camvid a folder with <split>/ and <split>annot/; for voc and cityscapes as torchvision
+    lays them out; for scenes and folder <split>/images and <split>/labels, or images and labels.
+    split: "val", or "train:0001TP,0016E5" to keep files whose names begin so (CamVid's sequences).
+    Raises FileNotFoundError or ValueError with what was expected.
+    """
+    if not root or not (download or Path(root).is_dir()):
+        raise FileNotFoundError(f"there is no folder {root}; --data-root must name the {dataset} "
+                                "data (README, 'Data layouts')")
+    part, _, sequences = split.partition(":")
+    names = DATASETS[dataset][0] or [f"class {k}" for k in range(num_classes or 0)]
+    if not names or num_classes not in (None, len(names)):
+        raise ValueError(f"{dataset} has {len(names) or 'an unknown number of'} classes, but "
+                         f"{num_classes} were expected; --num-classes tells, and the teacher's "
+                         "must be the same")
+    images, labels = LISTINGS[dataset](Path(root), part, download)
+    keep = [i for i, path in enumerate(images)
+            if not sequences or Path(path).name.startswith(tuple(sequences.split(",")))]
+    if not keep:
+        raise ValueError(f"{root} has no image in split {split!r}")
+    table = torch.full((256,), -1)
+    table[:len(names)] = torch.arange(len(names))
+    table[IGNORE] = IGNORE
+    if dataset == "camvid":
+        table[11] = IGNORE
+    if dataset == "cityscapes":
+        for c in torchvision.datasets.Cityscapes.classes[:-1]:      # the last is id -1
+            table[c.id] = IGNORE if c.train_id in (-1, 255) else c.train_id
+    return Labelled([images[i] for i in keep], [labels[i] for i in keep], table, names, size)
+
+
+def paired(images, labels):
+    """Return the two lists of files of two folders, paired by name; ValueError names a lone one."""
+    images, labels = find_images(images), find_images(labels)
+    by_name = {path.stem: path for path in labels}
+    alone = [path for path in images if path.stem not in by_name]
+    if alone:
+        raise ValueError(f"{len(alone)} images have no label, the first is {alone[0]}; expected a "
+                         f"file of the same name below {labels[0].parent}")
+    return images, [by_name[path.stem] for path in images]
+
+
+def list_folder(root, part, download):
+    root = root / part if (root / part).is_dir() else root
+    return paired(root / "images", root / "labels")
+
+
+def list_camvid(root, part, download):
+    return paired(root / part, root / f"{part}annot")
+
+
+def list_voc(root, part, download):
+    try:
+        data = torchvision.datasets.VOCSegmentation(root, image_set=part, download=download)
+    except RuntimeError as error:
+        raise FileNotFoundError(f"no Pascal VOC 2012 below {root}: {error}") from error
+    return data.images, data.masks
+
+
+def list_cityscapes(root, part, download):
+    try:
+        data = torchvision.datasets.Cityscapes(root, split=part, target_type="semantic")
+    except RuntimeError as error:
+        raise FileNotFoundError(f"no Cityscapes below {root}: {error}") from error
+    return data.images, [target[0] for target in data.targets]
+
+
+LISTINGS = {"scenes": list_folder, "folder": list_folder, "camvid": list_camvid, "voc": list_voc,
+            "cityscapes": list_cityscapes}
+
+
+def class_colours(class_names):
+    """Return an RGB colour for each class: the built-in scenes' own, else Pascal VOC's map."""
+    if tuple(class_names) == scenes.CLASSES:
+        return scenes.PALETTE
+    # VOC spreads the bits of the class number over the high bits of red, green and blue.
+    return [tuple(sum((k >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3))
+                  for channel in range(3)) for k in range(len(class_names))]
+
+
+# ---------------------------------------------------------------- stateless training batches
+
+class Batches(Dataset):
+    """Batch t is (images (B, 3, H, W) float in [0, 1], slots (B,)), a pure function of (seed, t).
+
+    files: image paths; slots are indices into them. Every file is used once before any is used
+    again. A random crop (scale 1 to max_scale), a flip, and brightness and contrast changed by up
+    to `jitter` are drawn from (seed, t, place in the batch), not from the file. labelled: a
+    Labelled data set over the same files adds targets (B, H, W).
+    """
+
+    def __init__(self, files, size, batch_size, seed, max_scale=1.6, jitter=0.2, labelled=None):
+        self.files, self.size, self.batch_size, self.seed = files, tuple(size), batch_size, seed
+        self.max_scale, self.jitter, self.labelled = max_scale, jitter, labelled
+        self.cache, self.cached_bytes = {}, 0
+
+    def __len__(self):
+        return 2 ** 31                                   # as many as anyone asks for
+
+    def slots(self, t):
+        """Return the file indices of batch t: (B,), int64."""
+        places = np.arange(t * self.batch_size, (t + 1) * self.batch_size)
+        epochs, offsets = np.divmod(places, len(self.files))
+        orders = {epoch: np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.files))
+                  for epoch in np.unique(epochs)}
+        return torch.tensor([orders[e][o] for e, o in zip(epochs, offsets, strict=True)])
+
+    def source(self, slot):
+        """Return the picture (and mask) of a file, no larger than the crops need, kept in memory.
+
+        Reducing once makes every later crop cheap. At most 1 GB is kept; the rest is read anew.
+        """
+        if slot in self.cache:
+            return self.cache[slot]
+        need = [round(side * self.max_scale) for side in self.size]
+        image = load_image(self.files[slot], need)
+        mask = load_mask(self.labelled.labels[slot]) if self.labelled else None
+        scale = max(need[0] / image.height, need[1] / image.width)
+        if scale < 1:
+            small = (round(image.width * scale), round(image.height * scale))
+            image = image.resize(small, Image.BILINEAR)
+            mask = mask and mask.resize(small, Image.NEAREST)
+        if self.cached_bytes < 2 ** 30:
+            self.cache[slot] = image, mask
+            self.cached_bytes += 4 * image.width * image.height
+        return image, mask
+
+    def __getitem__(self, t):
+        slots = self.slots(t)
+        images, targets = [], []
+        for place, slot in enumerate(slots.tolist()):
+            rng = np.random.default_rng([self.seed, 2, t, place])
+            u, v, s, brightness, contrast = rng.random(5)
+            flip = rng.random() < 0.5
+            crop = {"scale": self.max_scale ** s, "u": u, "v": v}
+            image, mask = self.source(slot)
+            x = to_tensor(view(image, self.size, **crop)).float() / 255             # (3, H, W)
+            contrast, brightness = 1 + self.jitter * (2 * np.array([contrast, brightness]) - 1)
+            x = (((x - x.mean()) * contrast + x.mean()) * brightness).clamp(0, 1)
+            images.append(x.flip(2) if flip else x)
+            if mask is not None:
+                y = view(mask, self.size, **crop, resample=Image.NEAREST)
+                y = self.labelled.classes(y, self.labelled.labels[slot])            # (H, W)
+                targets.append(y.flip(1) if flip else y)
+        batch = (torch.stack(images), slots)
+        return (*batch, torch.stack(targets)) if targets else batch
