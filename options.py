@@ -1,0 +1,70 @@
+"""Command lines from frozen dataclasses: each option is declared once, with its help.
+
+Idea
+    A program's Config is a dataclass whose fields carry their own help; the parser, `--help` and
+    the record of a run all come from it, so that none of them can disagree.
+
+Use it
+    @dataclass(frozen=True)
+    class Config:
+        steps: int = option(900, "number of updates")
+    cfg = parse(Config, ["--steps", "10"], "What the program does.")
+"""
+
+import argparse
+import functools
+import os
+import sys
+import typing
+from dataclasses import field, fields
+
+
+def option(default, help, choices=None, group="options"):
+    """Return a dataclass field with its help, allowed values and the group it is listed under."""
+    return field(default=default, metadata={"help": help, "choices": choices, "group": group})
+
+
+def parse(config_class, argv, description):
+    """Return a `config_class` made of the words `argv` (None: sys.argv).
+
+    A bool becomes a switch, a tuple[int, int] takes two integers, `None` means not set.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=lambda prog: argparse.HelpFormatter(prog, 32, 100))
+    groups = {}
+    for f in fields(config_class):
+        group = f.metadata["group"]
+        groups[group] = groups.get(group) or parser.add_argument_group(group)
+        kind = next(t for t in (typing.get_args(f.type) or [f.type]) if t is not type(None))
+        shown = "" if f.default in (None, False) else f" (default: {f.default})"
+        how = {"help": f.metadata["help"] + shown, "default": f.default}
+        if kind is bool:
+            how["action"] = "store_true"
+        elif f.type == (tuple[int, int] | None):
+            how |= {"nargs": 2, "type": int, "metavar": ("H", "W")}
+        else:
+            how |= {"type": kind, "choices": f.metadata["choices"]}
+            if not f.metadata["choices"]:
+                how["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
+        groups[group].add_argument("--" + f.name.replace("_", "-"), **how)
+    return config_class(**vars(parser.parse_args(argv)))
+
+
+def one_sentence(main):
+    """Make errors a user can cause one sentence on stderr and exit code 2, not a traceback.
+
+    Set the environment variable DFSS_TRACEBACK to see where the error arose.
+    """
+    @functools.wraps(main)
+    def program():
+        try:
+            main()
+        except (ValueError, OSError) as error:
+            if os.environ.get("DFSS_TRACEBACK"):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
+    return program

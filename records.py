@@ -1,0 +1,89 @@
+"""The folder of a run: what was asked, with what, what came out, so that a row has a record.
+
+Use it
+    out = open_run(cfg)                    # a new or an empty folder, or, with cfg.resume, this one
+    write_csv(out / "curve.csv", ("step", "loss"), curve)
+"""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+import torchvision
+
+import checkpoint
+
+# Options that say where or how a run is computed, not what it computes.
+NEUTRAL = {"out", "resume", "dry_run", "device", "workers", "download"}
+
+
+def differences(cfg, recorded):
+    """Return 'name: recorded value, now value' for options of a dataclass that changed a result."""
+    now = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    return [f"{name}: {recorded.get(name)!r}, now {value!r}" for name, value in now.items()
+            if name not in NEUTRAL and recorded.get(name) != value]
+
+
+def digest(cfg):
+    """Return a short name for the content of a config."""
+    content = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NEUTRAL}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def open_run(cfg):
+    """Return the folder of this run, made if need be, with its config.json.
+
+    Without --out it is the next free number below runs/. Raises ValueError if the folder holds
+    something and --resume was not given, or if it holds a run of another config.
+    """
+    if cfg.out is None:
+        taken = [int(p.name) for p in Path("runs").glob("[0-9]*") if p.name.isdigit()]
+        out = Path("runs") / f"{max(taken, default=0) + 1:03d}"
+    else:
+        out = Path(cfg.out)
+    if out.is_dir() and any(out.iterdir()):
+        if not cfg.resume:
+            raise ValueError(f"{out} is not empty; choose another --out, or add --resume to go on "
+                             "with the run in it")
+        if not (out / "config.json").is_file():
+            raise ValueError(f"{out} holds no run to resume (no config.json)")
+        changed = differences(cfg, json.loads((out / "config.json").read_text()))
+        if changed:
+            raise ValueError(f"the run in {out} has another config ({'; '.join(changed)}); resume "
+                             "it with its own options, or choose another --out")
+    checkpoint.save_json(dataclasses.asdict(cfg), out / "config.json")
+    return out
+
+
+def write_csv(path, header, rows):
+    """Write a table."""
+    with checkpoint.atomic(path) as temporary, open(temporary, "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def environment(device):
+    """Return what a number depends on beside the config: versions, hardware, commit."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                         cwd=Path(__file__).parent, check=False)
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "torchvision": torchvision.__version__, "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda"
+            else f"{platform.machine()} CPU", "commit": git.stdout.strip() or None}
+
+
+def closing(metrics, out):
+    """Return the last lines of a run: how long each step took, and the result."""
+    percent = "{:.1%}".format
+    times = ", ".join(f"{name} {t:.0f} s" for name, t in metrics["stage_seconds"].items())
+    student = "" if metrics["student_miou"] is None else (
+        f"student mIoU {percent(metrics['student_miou'])}, teacher "
+        f"{percent(metrics['teacher_miou'])}, ")
+    return (f"\n{metrics['pool_images']} pool images scored, {metrics['selected_images']} chosen, "
+            f"{metrics['seen_images']} seen in {metrics['updates']} updates\n{times}\n"
+            f"record and figure: {out}\n{student}agreement with the teacher "
+            f"{percent(metrics['agreement_miou'])} (pixels {percent(metrics['agreement_pixels'])})")
