@@ -1,0 +1,127 @@
+"""The data owner's side: train a teacher on labelled images, and hand over nothing but its weights.
+
+Idea
+    DFSS starts from a trained network. Where none exists, this makes one: cross-entropy on random
+    crops, AdamW, the last weights. BatchNorm's running statistics, the memory
+    that DFSS reads, are a by-product of any such training.
+
+Use it
+    python train_teacher.py --dataset camvid --data-root DIR --model resnet_small --out runs/teacher
+    python distill.py --teacher runs/teacher/teacher.pt --pool DIR --dataset camvid --data-root DIR
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import checkpoint
+import records
+import scenes
+from data import DATASETS, IGNORE, Batches, open_labelled
+from evaluate import evaluate, report
+from models import MODELS, build_model
+from options import one_sentence, option, parse
+from training import fit, pick_amp, pick_device
+
+
+@dataclass(frozen=True)
+class Config:
+    dataset: str = option("camvid", "labelled data to learn from", group="data",
+                          choices=tuple(name for name in DATASETS if name != "none"))
+    data_root: str | None = option(None, "folder of the data set", group="data")
+    split: str = option("train", "part to train on; 'train:0001TP,0016E5' keeps those sequences",
+                        group="data")
+    eval_split: str | None = option(None, "part to report mIoU on, if any", group="data")
+    num_classes: int | None = option(None, "classes, for --dataset folder", group="data")
+    model: str = option("resnet_small", "network", choices=MODELS, group="training")
+    backbone: str = option("none", "'imagenet' downloads an ImageNet-trained backbone",
+                           choices=("none", "imagenet"), group="training")
+    steps: int = option(2000, "number of updates", group="training")
+    batch_size: int = option(16, "images an update", group="training")
+    lr: float = option(0.005, "highest learning rate", group="training")
+    image_size: tuple[int, int] | None = option(None, "crop height and width (default: the data "
+                                                "set's)", group="training")
+    jitter: float = option(0.2, "change of brightness and contrast", group="training")
+    seed: int = option(0, "seed of weights, crops and order", group="running")
+    device: str = option("auto", "cpu, cuda or auto", group="running")
+    amp: str = option("auto", "mixed precision", choices=("auto", "bfloat16", "float16", "off"),
+                      group="running")
+    workers: int = option(0, "processes that load images", group="running")
+    out: str = option("runs/teacher", "folder for teacher.pt", group="running")
+    resume: bool = option(False, "go on where an interrupted run stopped", group="running")
+
+
+def cross_entropy(logits, target):
+    """Return the mean over labelled pixels, or 0: (B, K, H, W), (B, H, W) -> scalar."""
+    total = F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="sum")
+    return total / (target != IGNORE).sum().clamp_min(1)
+
+
+def train_teacher(cfg):
+    """Train as `cfg` says, write <out>/teacher.pt, return (model in eval mode, metrics)."""
+    out = Path(cfg.out)
+    if (out / "teacher.pt").exists() or ((out / "state.pt").exists() and not cfg.resume):
+        raise ValueError(f"{out} already holds a teacher or a part of one; choose another --out, "
+                         "or use --resume to finish an interrupted run")
+    device = pick_device(cfg.device)
+    size = cfg.image_size or DATASETS[cfg.dataset][1]
+    data = open_labelled(cfg.dataset, cfg.data_root, cfg.split, size, cfg.num_classes)
+    for i in range(len(data)) if len(data) < 2000 else range(0, len(data), len(data) // 2000):
+        data[i]                                     # a bad label is found before hours of training
+
+    torch.manual_seed(cfg.seed)
+    model = build_model(cfg.model, len(data.class_names), class_names=data.class_names,
+                        weights_backbone="DEFAULT" if cfg.backbone == "imagenet" else None)
+    model.to(device)
+    batches = Batches(data.images, size, cfg.batch_size, cfg.seed, jitter=cfg.jitter, labelled=data)
+    curve = fit(model, lambda progress, images, slots, target: cross_entropy(model(images), target),
+                batches, cfg.steps, cfg.lr, cfg.seed, pick_amp(cfg.amp, device), cfg.workers,
+                out / "state.pt", name="teacher")
+    metrics = {"images": len(data), "updates": cfg.steps, "loss": curve[-1][1] if curve else None}
+    if cfg.eval_split:
+        held_out = open_labelled(cfg.dataset, cfg.data_root, cfg.eval_split, size, cfg.num_classes)
+        result = evaluate(model, DataLoader(held_out), model.num_classes)
+        print(report({"teacher": result}, data.class_names))
+        metrics["miou"] = result["miou"]
+    checkpoint.save_model(model, out / "teacher.pt", image_size=list(size))
+    checkpoint.save_json({**metrics, "config": dataclasses.asdict(cfg)}, out / "teacher.json")
+    (out / "state.pt").unlink(missing_ok=True)
+    return model, metrics
+
+
+def builtin_teacher(size=None, device="auto", amp="auto"):
+    """Return (folder of the built-in scenes, teacher.pt); draw and train what is missing.
+
+    The teacher is kept under a name that depends on its config, and used again.
+    """
+    size = size or DATASETS["scenes"][1]
+    root = f"runs/scenes-{size[0]}x{size[1]}"
+    scenes.write_scenes(root, size=size, progress=partial(tqdm, desc="drawing scenes"))
+    cfg = Config(dataset="scenes", data_root=root, eval_split="val", image_size=size, steps=500,
+                 device=device, amp=amp, resume=True)
+    cfg = dataclasses.replace(cfg, out=f"runs/teacher-{records.digest(cfg)}")
+    path = f"{cfg.out}/teacher.pt"
+    if Path(path).exists():
+        print(f"reusing the built-in scenes in {root} and the teacher in {path}")
+    else:
+        train_teacher(cfg)
+    return root, path
+
+
+def main(argv=None):
+    """Train a teacher from the command line; return its metrics."""
+    cfg = parse(Config, argv, "Train a segmentation network on labelled images.")
+    metrics = train_teacher(cfg)[1]
+    print(f"{cfg.out}/teacher.pt written" + (f", mIoU {100 * metrics['miou']:.1f} % on "
+                                             f"{cfg.eval_split}" if "miou" in metrics else ""))
+    return metrics
+
+
+if __name__ == "__main__":
+    one_sentence(main)()
