@@ -1,0 +1,307 @@
+"""DFSS from end to end: a teacher and a folder of photographs in, a small student out.
+
+    python distill.py                                            built-in scenes, no download
+    python distill.py --teacher T.pt --pool DIR --dataset none   no labels anywhere
+    python distill.py ... --dry-run                              does this pool fit this teacher?
+    python distill.py --dataset camvid --data-root DIR --pool DIR --teacher T.pt
+    python distill.py --dataset voc --data-root DIR --download --pool DIR \\
+                      --teacher-model deeplabv3_resnet50 --teacher-weights DEFAULT
+
+Idea
+    1 read what the teacher remembers, 2 score the pool by it, 3 sample a budget of images (ADS),
+    4 weight them (WDPD), 5 distil on whole scenes, 6 evaluate and report. Labels, where there are
+    any, are opened in paragraph 6 and nowhere else.
+
+Paper
+    DFSS (Sun & Wu, arXiv 2512.13175); the README lists what is the paper's and what is ours.
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import baselines
+import checkpoint
+import kd_loss
+import plots
+import records
+from ads_sampler import mean_shift, moment_features, sample, score_pool
+from bn_stats import METRICS, bn_distance, bn_layers, capture_bn_inputs, select_layers
+from data import DATASETS, Batches, Pool, find_images, hold_out, open_labelled
+from evaluate import as_input, evaluate, report
+from models import MODELS, build_model, cost, fingerprint, freeze, segmentation_logits
+from options import one_sentence, option, parse
+from priority import (SCHEDULES, effective_sample_size, progressive_weights, sample_weights,
+                      weighted_loss)
+from train_teacher import builtin_teacher
+from training import fit, pick_amp, pick_device
+
+KD = {"pixelwise": kd_loss.pixelwise_kd, "channelwise": kd_loss.channelwise_kd,
+      "pairwise": kd_loss.pairwise_kd}
+data, nets, method = (partial(option, group=g) for g in ("data", "networks", "method"))
+training, running = (partial(option, group=g) for g in ("training", "running"))
+
+
+@dataclass(frozen=True)
+class Config:
+    dataset: str = data("scenes", "labels to evaluate on; none: no labels", tuple(DATASETS))
+    data_root: str | None = data(None, "folder of the labelled data")
+    split: str = data("val", "part to evaluate on; 'val:A,B' keeps files that begin so")
+    download: bool = data(False, "let torchvision fetch Pascal VOC")
+    num_classes: int | None = data(None, "classes, for --dataset folder")
+    pool: str | None = data(None, "folder of unlabelled photographs, with all below it")
+    teacher: str | None = nets(None, "teacher.pt of train_teacher.py")
+    teacher_model: str | None = nets(None, "or a torchvision network", MODELS)
+    teacher_weights: str | None = nets(None, "with its published weights: DEFAULT")
+    student_model: str = nets("resnet_tiny", "student network", MODELS)
+    student_weights: str = nets("none", "imagenet: start from (auxiliary) ImageNet weights",
+                                ("none", "imagenet"))
+    budget: int = method(400, "pool images to learn from; 0 takes all")
+    sampling: str = method("nearest", "how to choose them",
+                           ("nearest", "herding", "random", *baselines.PREDICTION_SCORES))
+    layers: str = method("all", "BatchNorm layers: all, early, middle, late, names, indices")
+    metric: str = method("l2", "distance to their statistics", METRICS)
+    weighting: str = method("minmax", "weights from distances", ("minmax", "rank"))
+    schedule: str = method("linear", "how weights relax to 1; uniform: no weights", SCHEDULES)
+    kd: str = method("pixelwise+channelwise", "loss, or several joined by +: " + ", ".join(KD))
+    temperature: float | None = method(None, "softening (default: the loss's own)")
+    steps: int = training(900, "number of updates")
+    batch_size: int = training(16, "images an update")
+    lr: float = training(0.01, "highest learning rate")
+    image_size: tuple[int, int] | None = training(None, "crop size (default: the teacher's)")
+    seed: int = running(0, "seed of weights, crops, order and random choice")
+    device: str = running("auto", "cpu, cuda or auto")
+    amp: str = running("auto", "mixed precision", ("auto", "bfloat16", "float16", "off"))
+    workers: int = running(0, "processes that load images")
+    out: str | None = running(None, "folder of the run (default: next number below runs)")
+    resume: bool = running(False, "go on where an interrupted run stopped")
+    dry_run: bool = running(False, "score the pool, say whether it fits, and stop")
+
+
+def load_teacher(cfg):
+    """Return (teacher, its image size) as the options say."""
+    classes = cfg.num_classes or len(DATASETS[cfg.dataset][0] or ()) or None
+    if cfg.teacher:
+        model, state = checkpoint.load_model(cfg.teacher, cfg.teacher_model, classes)
+        return model, cfg.image_size or tuple(state["image_size"])
+    if not (cfg.teacher_model and cfg.teacher_weights):
+        raise ValueError("no teacher: give --teacher FILE, or --teacher-model NAME together with "
+                         "--teacher-weights DEFAULT")
+    model = build_model(cfg.teacher_model, classes, weights=cfg.teacher_weights)
+    return model, cfg.image_size or DATASETS[cfg.dataset][1]
+
+
+def score(teacher, layers, files, size, cfg):
+    """Return (scores (N, 2 or more), reasons why files were left out).
+
+    Column 0 is the distance, column 1 the shift (ads_sampler.mean_shift), the rest are features for
+    herding. Unreadable files score NaN.
+    """
+    device = next(iter(layers.values())).running_mean.device
+    skipped = []
+
+    def score_batch(batch):
+        images, errors = batch
+        with capture_bn_inputs(teacher, layers) as captured:
+            output = segmentation_logits(teacher, as_input(images, device))
+        if cfg.sampling in baselines.PREDICTION_SCORES:
+            distance = baselines.prediction_scores(output, cfg.sampling)          # (B,)
+        else:
+            distance = bn_distance(captured, layers, cfg.metric).sum(dim=1)       # (B,)
+        scores = torch.stack([distance, mean_shift(captured, layers)], dim=1)
+        if cfg.sampling == "herding":
+            scores = torch.cat([scores, moment_features(captured, layers)], dim=1)
+        skipped.extend(error for error in errors if error)
+        scores[[bool(error) for error in errors]] = torch.nan
+        return scores
+
+    loader = DataLoader(Pool(files, size), batch_size=16, num_workers=cfg.workers)
+    return score_pool(score_batch, tqdm(loader, desc="scoring", mininterval=1)), skipped
+
+
+def choose(scores, cfg):
+    """Return the indices of the chosen images, nearest first: (N, D) -> (budget,)."""
+    distances, usable = scores[:, 0], scores[:, :2].isfinite().all(dim=1)
+    budget = cfg.budget or int(usable.sum())
+    if cfg.sampling == "random":
+        drawn = baselines.random_sample(usable, budget, cfg.seed)
+        return drawn[distances[drawn].sort(stable=True).indices]
+    if cfg.sampling == "herding":
+        return sample(distances, budget, "herding", scores[:, 2:])
+    return sample(distances, budget)
+
+
+def verdict(scores, chosen):
+    """Return a sentence: does this pool fit this teacher?
+
+    For the teacher's own training images the mean of shift^2 cannot exceed 1: the running variance
+    is the variance within the images plus the variance between their means.
+    """
+    near, whole = (float(s.square().nanmean().sqrt()) for s in (scores[chosen, 1], scores[:, 1]))
+    fits = "fits well" if near < 0.7 else "fits in part" if near < 1 else "does not fit"
+    return (f"This pool {fits}: the chosen images lie {near:.2f} standard deviations from the "
+            f"teacher's channel means, the whole pool {whole:.2f}; training images lie below 1.")
+
+
+def train_student(teacher, student, chosen, size, cfg, state_path=None):
+    """Train `student` in place on what `select` chose, paragraph 5; return the loss curve."""
+    device = next(student.parameters()).device
+    names = cfg.kd.split("+")
+    if set(names) - set(KD):
+        raise ValueError(f"--kd {cfg.kd} is unknown; expected some of {', '.join(KD)}, joined by +")
+    softened = {} if cfg.temperature is None else {"temperature": cfg.temperature}
+    weights = chosen["weights"].to(device)
+
+    def batch_loss(progress, images, slots):
+        with torch.no_grad():
+            target = segmentation_logits(teacher, images)                         # (B, K, H, W)
+        output = segmentation_logits(student, images)                             # (B, K, H, W)
+        losses = sum(KD[name](output, target, **({} if name == "pairwise" else softened))
+                     for name in names)                                           # (B,)
+        now = progressive_weights(weights, progress, cfg.schedule)                # (N,)
+        return weighted_loss(losses, now[slots], now.mean())
+
+    batches = Batches(chosen["files"], size, cfg.batch_size, cfg.seed)
+    return fit(student, batch_loss, batches, cfg.steps, cfg.lr, cfg.seed,
+               pick_amp(cfg.amp, device), cfg.workers, state_path, "distilling")
+
+
+def select(teacher, files, size, cfg):
+    """Read the teacher, score the pool, choose, and weight: paragraphs 1 to 4 of the method.
+
+    Returns a dict: files, distances and weights of the chosen images, nearest first; scores (N, D)
+    of the whole pool, chosen indices into it, and the reasons why files were skipped.
+    """
+    # 1. The teacher, and what it remembers of its training data.
+    layers = select_layers(bn_layers(teacher), cfg.layers)
+    print(f"1 teacher   {sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} M parameters, "
+          f"{len(layers)} BatchNorm layers read, images {size[0]}x{size[1]}")
+
+    # 2. Score the pool by it.
+    scores, skipped = score(teacher, layers, files, size, cfg)                    # (N, D)
+    print(f"2 scored    {len(files) - len(skipped)} images" + (
+        f"; {len(skipped)} unreadable ones are named in skipped.csv" if skipped else ""))
+
+    # 3. Sample a budget of images (ADS).
+    chosen = choose(scores, cfg)                                                  # (budget,)
+    distances = scores[chosen, 0]                                                 # nearest first
+    print(f"3 chosen    {len(chosen)} ({cfg.sampling}), distance {distances[0]:.4g} to "
+          f"{distances[-1]:.4g}, median of the pool {scores[:, 0].nanmedian():.4g}\n"
+          f"            {verdict(scores, chosen)}")
+
+    # 4. Weight them (WDPD): nearest 1, farthest 0, all of them 1 in the end.
+    weights = sample_weights(distances, cfg.weighting)                            # (budget,)
+    print(f"4 weighted  {cfg.schedule}; as many as {effective_sample_size(weights):.0f} equally "
+          f"weighted images at the start, {len(chosen)} at the end")
+    return {"files": [files[i] for i in chosen.tolist()], "distances": distances,
+            "weights": weights, "scores": scores, "chosen": chosen, "skipped": skipped}
+
+
+def distill(teacher, student, pool, size, cfg=None):
+    """Distil any segmentation network into another, both from RGB in [0, 1]: the Python API.
+
+    teacher, student: modules on one device, from (B, 3, H, W) to logits (B, K, H, W) of the same
+    classes (or what `models.segmentation_logits` understands). pool: a folder. size: (H, W).
+    Trains `student` in place; returns the dict of `select` with the loss "curve" added.
+    """
+    cfg = cfg or Config()
+    chosen = select(freeze(teacher), find_images(pool), size, cfg)
+    return {**chosen, "curve": train_student(teacher, student, chosen, size, cfg)}
+
+
+def prepare(cfg):
+    """Return (teacher, size, pool files, loader of labelled or held-out images, class names)."""
+    device = pick_device(cfg.device)
+    teacher, size = load_teacher(cfg)
+    freeze(teacher).to(device, memory_format=torch.channels_last)
+    files = find_images(cfg.pool)
+    if cfg.dataset == "none":
+        files, held_out = hold_out(files)
+        views = DataLoader(Pool(held_out, size))
+        return teacher, size, files, [(image, None) for image, error in views if not error[0]]
+    labelled = open_labelled(cfg.dataset, cfg.data_root, cfg.split, size, teacher.num_classes,
+                             cfg.download)
+    return teacher, size, files, DataLoader(labelled)
+
+
+def new_student(cfg, teacher):
+    """Return the student that `cfg` names, with the teacher's classes and normalisation."""
+    torch.manual_seed(cfg.seed)
+    return build_model(
+        cfg.student_model, teacher.num_classes, class_names=teacher.class_names,
+        weights_backbone="DEFAULT" if cfg.student_weights == "imagenet" else None,
+        mean=teacher.mean.flatten().tolist(), std=teacher.std.flatten().tolist(),
+    ).to(teacher.mean.device)
+
+
+def main(argv=None):
+    """Run the method from the command line; return the metrics it prints."""
+    cfg = parse(Config, argv, __doc__.split("\n")[0])
+    out, laps = records.open_run(cfg), [("start", time.perf_counter())]
+    if cfg.dataset == "scenes":
+        root, teacher = builtin_teacher(cfg.image_size, cfg.device, cfg.amp)
+        cfg = dataclasses.replace(cfg, data_root=cfg.data_root or root,
+                                  pool=cfg.pool or f"{root}/pool", teacher=cfg.teacher or teacher)
+        laps.append(("scenes and teacher", time.perf_counter()))
+    teacher, size, files, held_out = prepare(cfg)
+    untouched = fingerprint(teacher)
+
+    chosen = select(teacher, files, size, cfg)
+    records.write_csv(out / "chosen.csv", ("file", "distance", "weight"), zip(
+        chosen["files"], chosen["distances"].tolist(), chosen["weights"].tolist(), strict=True))
+    records.write_csv(out / "skipped.csv", ("reason",), [[why] for why in chosen["skipped"]])
+    laps.append(("scoring", time.perf_counter()))
+    if cfg.dry_run:
+        plots.pool_check(chosen, files, size, out / "pool.png")
+        print(f"dry run: nothing was trained; see {out / 'pool.png'}")
+        return {"pool_images": len(files) - len(chosen["skipped"]), "out": str(out)}
+
+    # 5. Distil, on whole scenes.
+    student = new_student(cfg, teacher)
+    ratio = cost(teacher, size)[1] / cost(student, size)[1]
+    print(f"5 student   {student.name}, {ratio:.0f} times fewer multiply-adds than the teacher")
+    curve = train_student(teacher, student, chosen, size, cfg, out / "state.pt")
+    checkpoint.save_model(student, out / "student.pt", image_size=list(size))
+    records.write_csv(out / "curve.csv", ("step", "loss"), curve)
+    laps.append(("distillation", time.perf_counter()))
+
+    # 6. Evaluate and report.
+    results = {}
+    if cfg.dataset != "none":
+        results["teacher"] = evaluate(teacher, held_out, teacher.num_classes)
+        results["student"] = evaluate(student, held_out, teacher.num_classes)
+    results["agreement"] = evaluate(student, held_out, teacher.num_classes, reference=teacher)
+    laps.append(("evaluation", time.perf_counter()))
+    print("6 evaluated\n" + report(results, teacher.class_names))
+    if fingerprint(teacher) != untouched:
+        raise ValueError("the teacher changed during the run; please report this as a bug")
+
+    miou = {name: result["miou"] for name, result in results.items()}
+    metrics = {
+        "teacher_miou": miou.get("teacher"), "student_miou": miou.get("student"),
+        "agreement_miou": miou["agreement"],
+        "agreement_pixels": results["agreement"]["pixel_accuracy"],
+        "iou": {name: dict(zip(teacher.class_names, r["iou"].tolist(), strict=True))
+                for name, r in results.items()},
+        "pool_images": len(files) - len(chosen["skipped"]),
+        "skipped_images": len(chosen["skipped"]),
+        "selected_images": len(chosen["files"]), "updates": cfg.steps,
+        "seen_images": min(cfg.steps * cfg.batch_size, len(chosen["files"])),
+        "seconds": laps[-1][1] - laps[0][1],
+        "stage_seconds": {name: t - before for (_, before), (name, t) in pairwise(laps)},
+        "config": dataclasses.asdict(cfg), "environment": records.environment(teacher.mean.device)}
+    checkpoint.save_json(metrics, out / "metrics.json")
+    (out / "state.pt").unlink(missing_ok=True)
+    plots.story(chosen, files, size, cfg.schedule, teacher, student, held_out, out / "figure.png")
+    print(records.closing(metrics, out))
+    return metrics
+
+
+if __name__ == "__main__":
+    one_sentence(main)()

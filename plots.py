@@ -1,0 +1,119 @@
+"""Every figure. Functions take results and a path and write a PNG; nothing is shown on a screen.
+
+Use it
+    from plots import pool_check, story
+    pool_check(chosen, size, "pool.png")      # what distill.select returned
+"""
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from checkpoint import atomic
+from data import class_colours, load_image, view
+from evaluate import as_input, predict
+from priority import progressive_weights
+
+BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#a0aec0"
+
+
+def write(figure, path):
+    """Write a figure as PNG, never half."""
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def strip(figure, pictures, title, titles=()):
+    """Fill a subfigure with one row of pictures (RGB arrays), or of `None` for an empty place."""
+    axes = figure.subplots(1, len(pictures), squeeze=False)[0]
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    for i, (ax, picture) in enumerate(zip(axes, pictures, strict=True)):
+        ax.set_axis_off()
+        if picture is not None:
+            ax.imshow(picture)
+        if i < len(titles):
+            ax.set_title(titles[i], fontsize=8, pad=2)
+
+
+def histogram(ax, scores, chosen):
+    """Draw the distances of the pool and, in colour, of the chosen images."""
+    d = scores[:, 0]
+    d = d[d.isfinite()]
+    top = float(d.quantile(0.99)) if len(d) < 2 ** 24 else float(d.max())    # quantile's own limit
+    bins = np.linspace(float(d.min()), top, 50)
+    ax.hist(d.clamp(max=top), bins, color=GREY, label=f"pool, {len(d)} images")
+    ax.hist(scores[chosen, 0].clamp(max=top), bins, color=BLUE, label=f"chosen, {len(chosen)}")
+    ax.set(xlabel="distance to the teacher's training data (last bin: all beyond)", ylabel="images",
+           title="2, 3  Score the pool, keep the nearest")
+    ax.legend(frameon=False, fontsize=8)
+
+
+def weight_curves(ax, weights, schedule):
+    """Draw how the weights of the nearest, the middle and the farthest image move in training."""
+    progress = np.linspace(0, 1, 50)
+    curves = torch.stack([progressive_weights(weights, float(p), schedule) for p in progress])
+    ranks = {"nearest": 0, "first quarter": len(weights) // 4, "median": len(weights) // 2,
+             "farthest": -1}
+    for shade, (name, rank) in zip((1, 0.75, 0.5, 0.3), ranks.items(), strict=True):
+        ax.plot(100 * progress, curves[:, rank], color=ORANGE, alpha=shade, lw=2, label=name)
+    ax.set(xlabel="training, %", ylabel="weight", ylim=(-0.05, 1.05),
+           title=f"4  Weights ({schedule})")
+    ax.legend(frameon=False, fontsize=8)
+
+
+def pool_rows(figures, chosen, files, size, columns=10):
+    """Fill two subfigures with the nearest and the farthest images of the pool."""
+    d = chosen["scores"][:, 0]
+    order = torch.where(d.isfinite(), d, torch.inf).argsort(stable=True)
+    order = order[:int(d.isfinite().sum())].tolist()
+    for figure, indices, name in ((figures[0], order[:columns], "Nearest in the pool"),
+                                  (figures[1], order[-columns:], "Farthest in the pool")):
+        pictures = [np.asarray(view(load_image(files[i], size), size)) for i in indices]
+        strip(figure, pictures + [None] * (columns - len(pictures)), name,
+              [f"{d[i]:.3g}" for i in indices])
+
+
+def pool_check(chosen, files, size, path):
+    """Write the figure of `--dry-run`: histogram, nearest and farthest images."""
+    figure = Figure(figsize=(11, 5.6), layout="constrained")
+    parts = figure.subfigures(3, 1, height_ratios=(2, 1, 1))
+    histogram(parts[0].subplots(), chosen["scores"], chosen["chosen"])
+    pool_rows(parts[1:], chosen, files, size)
+    write(figure, path)
+
+
+def examples(data, count=5):
+    """Return `count` of (images (1, 3, h, w), targets or None), spread over a loader or a list."""
+    items = getattr(data, "dataset", data)
+    picked = [items[i] for i in np.linspace(0, len(items) - 1, count + 2).astype(int)[1:-1]]
+    return [(x, y) if x.dim() == 4 else (x[None], y[None]) for x, y in picked]
+
+
+def story(chosen, files, size, schedule, teacher, student, data, path):
+    """Write the figure of a run: from the pool to the student's masks.
+
+    data: labelled loader, or a list of (images, None). Masks are drawn in the data set's colours.
+    """
+    colours = np.array([*class_colours(teacher.class_names), (0, 0, 0)], dtype=np.uint8)
+    device = next(student.parameters()).device
+    rows = {"input": [], "truth": [], "teacher": [], "student": []}
+    for image, target in examples(data):
+        image = as_input(image, device)
+        rows["input"].append(image[0].permute(1, 2, 0).cpu().numpy())
+        shape = image.shape[-2:] if target is None else target.shape[-2:]
+        if target is not None:
+            rows["truth"].append(colours[target[0].clamp(max=len(colours) - 1).numpy()])
+        for name, model in (("teacher", teacher), ("student", student)):
+            with torch.inference_mode():
+                rows[name].append(colours[predict(model, image, shape)[0].cpu().numpy()])
+    rows = {name: pictures for name, pictures in rows.items() if pictures}
+
+    figure = Figure(figsize=(11, 6 + 1.45 * len(rows)), layout="constrained")
+    parts = figure.subfigures(3 + len(rows), 1, height_ratios=[2.6, 1, 1] + [1.35] * len(rows))
+    left, right = parts[0].subplots(1, 2, width_ratios=(3, 2))
+    histogram(left, chosen["scores"], chosen["chosen"])
+    weight_curves(right, chosen["weights"], schedule)
+    pool_rows(parts[1:3], chosen, files, size)
+    for part, (name, pictures) in zip(parts[3:], rows.items(), strict=True):
+        strip(part, pictures, f"6  {name.capitalize()}" if name == "input" else name.capitalize())
+    write(figure, path)

@@ -1,0 +1,245 @@
+"""distill.py end to end on a miniature world: what it promises, and what it says when it cannot."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import checkpoint
+import distill
+import scenes
+import train_teacher
+from models import build_model
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Return a folder with drawn scenes (train, val, pool) and a teacher trained for a moment."""
+    root = tmp_path_factory.mktemp("world")
+    scenes.write_scenes(root, size=(32, 48), train=16, val=4, pool=40)
+    train_teacher.main(f"--dataset folder --num-classes 8 --data-root {root} --image-size 32 48 "
+                       f"--steps 20 --batch-size 4 --amp off --out {root}/teacher".split())
+    return root
+
+
+def run(world, *words, out=None):
+    """Run distill.py on the miniature world; return its metrics."""
+    line = (f"--dataset folder --num-classes 8 --data-root {world} --pool {world}/pool --amp off "
+            f"--teacher {world}/teacher/teacher.pt --budget 8 --steps 4 --batch-size 4")
+    return distill.main([*line.split(), "--out", str(out), *map(str, words)])
+
+
+def weights(out):
+    return checkpoint.load(out / "student.pt")["state_dict"]
+
+
+def identical(a, b):
+    return all(torch.equal(x, b[name]) for name, x in a.items())
+
+
+def chosen(out):
+    return list(csv.reader(open(out / "chosen.csv")))[1:]
+
+
+def test_a_run_leaves_a_complete_record(world, tmp_path):
+    metrics = run(world, out=tmp_path / "a")
+    assert json.loads((tmp_path / "a/metrics.json").read_text()) == json.loads(json.dumps(metrics))
+    for key in ("teacher_miou", "student_miou", "agreement_miou"):
+        assert 0 <= metrics[key] <= 1
+    assert (metrics["pool_images"], metrics["selected_images"], metrics["updates"]) == (40, 8, 4)
+    assert metrics["config"]["budget"] == 8 and metrics["environment"]["torch"]
+    assert sum(metrics["stage_seconds"].values()) == pytest.approx(metrics["seconds"])
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {
+        "config.json", "metrics.json", "curve.csv", "student.pt", "chosen.csv", "skipped.csv",
+        "figure.png"}
+    assert Image.open(tmp_path / "a/figure.png").width > 800
+    rows = chosen(tmp_path / "a")
+    distances, w = ([float(row[i]) for row in rows] for i in (1, 2))
+    assert len(rows) == 8 and distances == sorted(distances) and w[0] == 1 and w[-1] == 0
+
+
+def test_the_teacher_that_is_reported_is_the_one_on_disk(world, tmp_path):
+    import evaluate
+    metrics = run(world, out=tmp_path / "a")
+    again = evaluate.main(f"--checkpoint {world}/teacher/teacher.pt --dataset folder "
+                          f"--data-root {world} --device cpu".split())
+    assert again["miou"] == pytest.approx(metrics["teacher_miou"])
+    student = evaluate.main(f"--checkpoint {tmp_path}/a/student.pt --dataset folder "
+                            f"--data-root {world} --device cpu".split())
+    assert student["miou"] == pytest.approx(metrics["student_miou"])
+
+
+def test_without_the_training_folders_the_student_is_the_same_to_the_bit(world, tmp_path):
+    run(world, out=tmp_path / "a")
+    copy = tmp_path / "copy"
+    shutil.copytree(world, copy)
+    shutil.rmtree(copy / "train")
+    for path in (copy / "val" / "labels").iterdir():              # nor do evaluation labels matter
+        Image.new("L", (48, 32)).save(path)
+    run(copy, out=tmp_path / "b")
+    assert identical(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_the_number_of_workers_does_not_change_the_student(world, tmp_path):
+    run(world, out=tmp_path / "a")
+    run(world, "--workers", 2, out=tmp_path / "b")
+    assert identical(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_an_interrupted_run_resumes_to_the_same_student(world, tmp_path, monkeypatch):
+    run(world, out=tmp_path / "a")
+    monkeypatch.setattr("training.SAVE_EVERY", 2)
+    loss, calls = distill.weighted_loss, []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return loss(*args)
+
+    monkeypatch.setattr(distill, "weighted_loss", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run(world, out=tmp_path / "b")
+    run(world, "--resume", out=tmp_path / "b")
+    assert len(calls) == 4 + 2                                    # steps 3 and 4 only
+    assert identical(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_the_ladder_differs_by_one_option_a_row(world, tmp_path):
+    ladder = {"random": ["--sampling", "random", "--schedule", "uniform"],
+              "ads": ["--schedule", "uniform"], "fixed": ["--schedule", "fixed"], "wdpd": []}
+    for name, words in ladder.items():
+        run(world, *words, out=tmp_path / name)
+    files = {name: {row[0] for row in chosen(tmp_path / name)} for name in ladder}
+    assert files["ads"] == files["fixed"] == files["wdpd"] != files["random"]
+    states = [weights(tmp_path / name) for name in ladder]
+    assert not any(identical(a, b) for i, a in enumerate(states) for b in states[:i])
+
+
+def test_ads_chooses_the_nearest_files_of_the_pool(world, tmp_path):
+    run(world, "--budget", 0, "--dry-run", out=tmp_path / "all")
+    run(world, "--dry-run", out=tmp_path / "near")
+    assert chosen(tmp_path / "near")[0][:2] == chosen(tmp_path / "all")[0][:2]
+    assert [r[0] for r in chosen(tmp_path / "near")] == [r[0] for r in chosen(tmp_path / "all")][:8]
+
+
+@pytest.mark.parametrize("sampling", ["herding", "confidence", "entropy"])
+def test_other_ways_to_choose_run_too(world, tmp_path, sampling):
+    run(world, "--sampling", sampling, "--dry-run", out=tmp_path / "a")
+    assert len({row[0] for row in chosen(tmp_path / "a")}) == 8
+
+
+def test_a_dry_run_looks_at_the_pool_and_trains_nothing(world, tmp_path, capsys):
+    run(world, "--dry-run", out=tmp_path / "a")
+    assert "This pool " in capsys.readouterr().out
+    assert (tmp_path / "a/pool.png").exists() and not (tmp_path / "a/student.pt").exists()
+
+
+def test_no_labels_are_needed_anywhere(world, tmp_path):
+    metrics = distill.main(
+        f"--dataset none --pool {world}/pool --teacher {world}/teacher/teacher.pt --budget 8 "
+        f"--steps 2 --batch-size 4 --kd pixelwise+channelwise+pairwise --out {tmp_path}/a".split())
+    assert metrics["student_miou"] is None and metrics["teacher_miou"] is None
+    assert 0 <= metrics["agreement_miou"] <= 1 and 0 <= metrics["agreement_pixels"] <= 1
+    assert metrics["pool_images"] == 38                           # two are held out
+
+
+def test_unreadable_files_are_skipped_and_named(world, tmp_path):
+    pool = tmp_path / "pool"
+    shutil.copytree(world / "pool", pool)
+    (pool / "0000.png").write_bytes(b"not a picture")
+    (pool / "sub").mkdir()
+    (pool / "sub" / "cut.png").write_bytes((pool / "0001.png").read_bytes()[:500])
+    metrics = run(world, "--pool", pool, "--budget", 39, out=tmp_path / "a")
+    assert (metrics["pool_images"], metrics["skipped_images"]) == (39, 2)
+    reasons = (tmp_path / "a/skipped.csv").read_text()
+    assert "0000.png" in reasons and "cut.png" in reasons
+    assert "0000.png" not in (tmp_path / "a/chosen.csv").read_text()
+
+
+class UNet(nn.Module):
+    """A network that is none of ours, without a normalisation and with a BatchNorm."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.down = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.up = nn.Sequential(nn.ConvTranspose2d(8, 8, 2, 2), nn.BatchNorm2d(8), nn.ReLU())
+        self.head = nn.Conv2d(11, classes, 1)
+
+    def forward(self, x):
+        return {"out": self.head(torch.cat([self.up(self.down(x)), x], dim=1))}
+
+
+def test_networks_of_ones_own_enter_through_the_python_api(pool_folder):
+    torch.manual_seed(0)
+    teacher, student = UNet(5), UNet(5)
+    before = {name: x.clone() for name, x in student.state_dict().items()}
+    memory = {name: x.clone() for name, x in teacher.state_dict().items()}
+    cfg = distill.Config(budget=6, steps=3, batch_size=4, device="cpu", amp="off")
+    result = distill.distill(teacher, student, pool_folder, (32, 48), cfg)
+    assert len(result["files"]) == 6 and len(result["curve"]) == 1
+    assert not identical(before, student.state_dict())
+    assert identical(memory, teacher.state_dict())
+
+
+def test_every_bad_input_gets_one_sentence(world, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    other = build_model("resnet_tiny", 5)
+    checkpoint.save_model(other, tmp_path / "five.pt", image_size=[32, 48])
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "foreign.pt")
+    cases = [(["--pool", tmp_path / "nowhere"], FileNotFoundError, "no folder"),
+             (["--pool", tmp_path / "empty"], FileNotFoundError, "no image"),
+             (["--budget", 41], ValueError, "between 1 and 40"),
+             (["--teacher", tmp_path / "five.pt"], ValueError, "num_classes 5, but 8"),
+             (["--teacher", tmp_path / "foreign.pt"], ValueError, "not a model of this repository"),
+             (["--teacher", tmp_path / "nothing.pt"], FileNotFoundError, "no checkpoint"),
+             (["--teacher-model", "fcn_resnet50"], ValueError, "holds model resnet_small"),
+             (["--data-root", tmp_path / "nowhere"], FileNotFoundError, "--data-root"),
+             (["--layers", "encoder"], ValueError, "'encoder'"),
+             (["--kd", "telepathy"], ValueError, "telepathy"),
+             (["--out", tmp_path / "full"], ValueError, "not empty")]
+    for i, (words, error, message) in enumerate(cases):
+        with pytest.raises(error, match=message):
+            run(world, *words, out=tmp_path / f"case{i}")
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_teacher_without_batchnorm_is_refused(pool_folder):
+    plain = nn.Conv2d(3, 4, 1)
+    with pytest.raises(ValueError, match="needs a teacher with BatchNorm"):
+        distill.distill(plain, nn.Conv2d(3, 4, 1), pool_folder, (32, 48))
+
+
+def test_labels_out_of_range_stop_the_run_with_the_file_named(world, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(world, copy)
+    bad = sorted((copy / "val" / "labels").iterdir())[1]
+    Image.new("L", (48, 32), 9).save(bad)
+    with pytest.raises(ValueError, match=rf"{bad.name} holds the label values \[9\]"):
+        run(copy, out=tmp_path / "a")
+
+
+def test_on_the_command_line_an_error_is_one_line_and_exit_code_2(tmp_path):
+    done = subprocess.run([sys.executable, REPOSITORY / "distill.py", "--dataset", "none", "--pool",
+                           tmp_path / "x", "--teacher", "y.pt", "--out", tmp_path / "out"],
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: there is no checkpoint")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_cuda_path_runs_in_mixed_precision(world, tmp_path):
+    metrics = run(world, "--device", "cuda", "--amp", "bfloat16", out=tmp_path / "a")
+    assert 0 <= metrics["student_miou"] <= 1
