@@ -1,0 +1,152 @@
+"""A results table as a loop over distill.py's own command lines: methods x seeds, resumable.
+
+Idea
+    Every row of a table is one line that a reader can copy. This program runs the lines of a
+    preset for several seeds, skips what is already there, and writes one JSON from which the
+    README's tables are made. Seeds pair the rows: same student, same crops, other images.
+
+Use it
+    python -m experiments.compare --preset ladder --seeds 3 --out results/scenes.json
+    python -m experiments.compare --preset metrics --seeds 3 --out results/metrics.json \\
+        --common "--dataset camvid --data-root DIR --pool DIR --teacher T.pt --split val"
+    python -m experiments.compare --table results/scenes.json            (prints the table again)
+"""
+
+import csv
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoint import save_json
+from options import one_sentence, option, parse
+
+UNIFORM = "--schedule uniform"
+# The first row of a preset is the one that the others are compared with.
+PRESETS = {
+    "ladder": {"random": f"--sampling random {UNIFORM}",
+               "nearest (ADS)": UNIFORM,
+               "nearest, fixed weights": "--schedule fixed",
+               "nearest, progressive weights (DFSS)": ""},
+    "headline": {"random": f"--sampling random {UNIFORM}",
+                 "nearest, progressive weights (DFSS)": ""},
+    "metrics": {"random": f"--sampling random {UNIFORM}",
+                "confidence": f"--sampling confidence {UNIFORM}",
+                "l2, all layers (ADS)": UNIFORM,
+                "standardised, all layers": f"--metric standardised {UNIFORM}",
+                "kl, all layers": f"--metric kl {UNIFORM}",
+                "l2, early layers": f"--layers early {UNIFORM}",
+                "l2, middle layers": f"--layers middle {UNIFORM}",
+                "l2, late layers": f"--layers late {UNIFORM}",
+                "herding, all layers": f"--sampling herding {UNIFORM}"},
+    "once": {"as given": ""},
+}
+# Two-sided 95 % quantiles of Student's t for n paired differences (n - 1 degrees of freedom).
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = option("ladder", "rows of the table", choices=tuple(PRESETS))
+    common: str = option("", "options of distill.py that all rows share, in quotes")
+    seeds: int = option(3, "number of seeds, from 0 on")
+    jobs: int = option(1, "runs at a time")
+    runs: str = option("runs/compare", "folder of the single runs")
+    out: str = option("results/compare.json", "the record that the table is made from")
+    table: str | None = option(None, "instead: print the table of this record")
+
+
+def run_once(words, folder):
+    """Run distill.py with these words unless its metrics are there already; return them."""
+    if not (folder / "metrics.json").exists():
+        resume = ["--resume"] if (folder / "config.json").exists() else []
+        done = subprocess.run([sys.executable, "distill.py", *words, "--out", str(folder), *resume],
+                              capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ValueError(f"distill.py {' '.join(words)} failed: {done.stderr[-500:]}")
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.reader(file))
+
+
+def picks(folder, pool):
+    """Return ({kind: number chosen}, files); the kind is the folder below the pool, or as drawn."""
+    files = [Path(row[0]) for row in read_csv(folder / "chosen.csv")[1:]]
+    kinds = Path(pool).parent / "pool_kinds.csv"
+    if kinds.exists():
+        kind = dict(read_csv(kinds))
+        return Counter(kind[file.name] for file in files), files
+    return Counter(file.relative_to(pool).parts[0] for file in files), files
+
+
+def collect(cfg):
+    """Run all rows and seeds; return the record."""
+    rows = {name: shlex.split(cfg.common) + shlex.split(words)
+            for name, words in PRESETS[cfg.preset].items()}
+    jobs = [(name, seed) for seed in range(cfg.seeds) for name in rows]
+
+    def work(job):
+        name, seed = job
+        folder = Path(cfg.runs) / "".join(c if c.isalnum() else "-" for c in f"{name} s{seed}")
+        metrics = run_once([*rows[name], "--seed", str(seed)], folder)
+        print(f"{name:40s} seed {seed}   mIoU {100 * metrics['student_miou']:.1f} %", flush=True)
+        counts, files = picks(folder, metrics["config"]["pool"])
+        return {"row": name, "seed": seed, "options": PRESETS[cfg.preset][name],
+                **{k: metrics[k] for k in ("student_miou", "teacher_miou", "agreement_miou", "iou",
+                                           "pool_images", "selected_images", "updates", "seconds",
+                                           "environment")}, "picks": counts}, set(map(str, files))
+
+    with ThreadPoolExecutor(cfg.jobs) as pool:
+        results = list(pool.map(work, jobs))
+    chosen = {run["row"]: files for run, files in results if run["seed"] == 0}
+    overlap = {a: {b: len(chosen[a] & chosen[b]) for b in chosen} for a in chosen}
+    # Folders differ from machine to machine; their last part says what they hold.
+    common = [Path(word).name if "/" in word else word for word in shlex.split(cfg.common)]
+    return {"common": " ".join(common), "runs": [run for run, _ in results], "overlap": overlap}
+
+
+def table(record):
+    """Return the record as a Markdown table: a line per row, seeds averaged."""
+    scores = {}
+    for run in record["runs"]:
+        scores.setdefault(run["row"], {})[run["seed"]] = 100 * run["student_miou"]
+    first = next(iter(scores.values()))
+    lines = [f"| row (seeds: {len(first)}) | mIoU % | difference to the first row, 95 % interval "
+             "| chosen |", "|---|---|---|---|"]
+    for name, by_seed in scores.items():
+        values = list(by_seed.values())
+        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        paired = [by_seed[seed] - first[seed] for seed in by_seed]
+        difference = ""
+        if by_seed is not first and len(paired) > 1:
+            half = T95[len(paired)] * statistics.stdev(paired) / len(paired) ** 0.5
+            difference = f"{statistics.mean(paired):+.1f} ± {half:.1f}"
+        kinds = next(run["picks"] for run in record["runs"] if run["row"] == name)
+        shares = ", ".join(f"{kind} {n}" for kind, n in Counter(kinds).most_common(5))
+        mean = f"{statistics.mean(values):.1f}{spread}"
+        lines.append(f"| {name} | {mean} | {difference} | {shares} |")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    """Run a preset, write its record, print its table; return the record."""
+    cfg = parse(Config, argv, "Compare methods over seeds; every row is a line of distill.py.")
+    if cfg.table:
+        record = json.loads(Path(cfg.table).read_text())
+    else:
+        record = collect(cfg)
+        save_json(record, cfg.out)
+    print(table(record))
+    return record
+
+
+if __name__ == "__main__":
+    one_sentence(main)()
