@@ -6,13 +6,13 @@ Idea
 
 Use it
     from checkpoint import load_model, save_model
-    save_model(model, "student.pt")
-    model = load_model("student.pt")
+    save_model(model, "student.pt", image_size=[96, 128])
+    model, state = load_model("student.pt")
 """
 
+import io
 import json
 import os
-import pickle
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,8 +41,11 @@ def atomic(path):
 
 def save(state, path):
     """Write a dict of tensors and plain values."""
-    with atomic(path) as temporary, open(temporary, "wb") as file:
-        torch.save(state, file)
+    # By way of memory: on a full disk torch.save raises a RuntimeError that says nothing of disks.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with atomic(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def save_json(value, path):
@@ -57,7 +60,7 @@ def load(path):
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except Exception as error:                 # the unpickler raises nearly anything on bad input
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is damaged or not a checkpoint of tensors and plain values "
                          f"(nothing in it was run): {reason}") from error
@@ -67,7 +70,8 @@ def save_model(model, path, **extra):
     """Write a SegmentationModel with all it takes to build it again, and `extra` plain values."""
     save({"format": FORMAT, "model": model.name, "num_classes": model.num_classes,
           "class_names": model.class_names, "mean": model.mean.flatten().tolist(),
-          "std": model.std.flatten().tolist(), "state_dict": model.state_dict(), **extra}, path)
+          "std": model.std.flatten().tolist(), "output_stride": model.output_stride,
+          "state_dict": model.state_dict(), **extra}, path)
 
 
 def load_model(path, name=None, num_classes=None):
@@ -84,7 +88,8 @@ def load_model(path, name=None, num_classes=None):
         if expected is not None and state[what] != expected:
             raise ValueError(f"{path} holds {what} {state[what]}, but {expected} was asked for")
     model = build_model(state["model"], state["num_classes"], mean=state["mean"],
-                        std=state["std"], class_names=state["class_names"])
+                        std=state["std"], class_names=state["class_names"],
+                        output_stride=state.get("output_stride", 16))
     try:
         model.load_state_dict(state["state_dict"])
     except RuntimeError as error:

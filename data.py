@@ -84,7 +84,8 @@ def view(image, size, scale=1.0, u=0.5, v=0.5, resample=Image.BILINEAR):
     """
     H, W = size
     shrink = min(image.width / W, image.height / H) / scale
-    w, h = W * shrink, H * shrink
+    # Rounding may carry W * (width / W) past the width, and Pillow refuses such a box.
+    w, h = min(W * shrink, image.width), min(H * shrink, image.height)
     x, y = u * (image.width - w), v * (image.height - h)
     return image.resize((W, H), resample, box=(x, y, x + w, y + h))
 
@@ -103,11 +104,11 @@ def to_tensor(image):
 
 def hold_out(files):
     """Return (files to learn from, files to measure agreement on): every twentieth, at most 200."""
-    step = max(20, len(files) // 200)
+    step = max(20, -(-len(files) // 200))
     if len(files) < step:
         raise ValueError(f"the pool has {len(files)} images; --dataset none needs at least {step}, "
                          "because it holds some out to measure agreement on")
-    return [f for i, f in enumerate(files) if i % step], files[::step][:200]
+    return [f for i, f in enumerate(files) if i % step], files[::step]
 
 
 class Pool(Dataset):
@@ -159,12 +160,16 @@ class Labelled(Dataset):
 
 
 def load_mask(path):
-    """Return an index mask, one number a pixel. Raises ValueError for an RGB mask."""
-    mask = Image.open(path)
-    if mask.mode not in ("L", "P", "1"):
-        raise ValueError(f"{path} is a {mask.mode} picture; expected an index mask with one class "
+    """Return an index mask, one number a pixel. Raises ValueError for an RGB or a broken mask."""
+    try:
+        with Image.open(path) as mask:
+            mode, indices = mask.mode, np.asarray(mask)             # the indices, not the colours
+    except Exception as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+    if mode not in ("L", "P", "1"):
+        raise ValueError(f"{path} is a {mode} picture; expected an index mask with one class "
                          "number a pixel (8-bit greyscale or palette)")
-    return Image.fromarray(np.asarray(mask).astype(np.uint8))       # the indices, not the colours
+    return Image.fromarray(indices.astype(np.uint8))
 
 
 def open_labelled(dataset, root, split, size, num_classes=None, download=False):
@@ -201,14 +206,18 @@ def open_labelled(dataset, root, split, size, num_classes=None, download=False):
 
 
 def paired(images, labels):
-    """Return the two lists of files of two folders, paired by name; ValueError names a lone one."""
-    images, labels = find_images(images), find_images(labels)
-    by_name = {path.stem: path for path in labels}
-    alone = [path for path in images if path.stem not in by_name]
+    """Return the files of two folders, paired by relative path without suffix.
+
+    Raises ValueError that names an image without a label.
+    """
+    files = find_images(images)
+    by_name = {path.relative_to(labels).with_suffix(""): path for path in find_images(labels)}
+    names = [path.relative_to(images).with_suffix("") for path in files]
+    alone = [path for path, name in zip(files, names, strict=True) if name not in by_name]
     if alone:
         raise ValueError(f"{len(alone)} images have no label, the first is {alone[0]}; expected a "
-                         f"file of the same name below {labels[0].parent}")
-    return images, [by_name[path.stem] for path in images]
+                         f"file of the same name below {labels}")
+    return files, [by_name[name] for name in names]
 
 
 def list_folder(root, part, download):
@@ -233,7 +242,8 @@ def list_cityscapes(root, part, download):
         data = torchvision.datasets.Cityscapes(root, split=part, target_type="semantic")
     except RuntimeError as error:
         raise FileNotFoundError(f"no Cityscapes below {root}: {error}") from error
-    return data.images, [target[0] for target in data.targets]
+    images, targets = zip(*sorted(zip(data.images, data.targets, strict=True)), strict=True)
+    return list(images), [target[0] for target in targets]      # torchvision's order is the disk's
 
 
 LISTINGS = {"scenes": list_folder, "folder": list_folder, "camvid": list_camvid, "voc": list_voc,

@@ -1,8 +1,8 @@
 """DFSS from end to end: a teacher and a folder of photographs in, a small student out.
 
-    python distill.py                                            built-in scenes, no download
-    python distill.py --teacher T.pt --pool DIR --dataset none   no labels anywhere
-    python distill.py ... --dry-run                              does this pool fit this teacher?
+    python distill.py                                              # built-in scenes, no download
+    python distill.py --teacher T.pt --pool DIR --dataset none     # no labels anywhere
+    python distill.py ... --dry-run                                # does the pool fit the teacher?
     python distill.py --dataset camvid --data-root DIR --pool DIR --teacher T.pt
     python distill.py --dataset voc --data-root DIR --download --pool DIR \\
                       --teacher-model deeplabv3_resnet50 --teacher-weights DEFAULT
@@ -20,7 +20,6 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch.utils.data import DataLoader
@@ -175,8 +174,8 @@ def train_student(teacher, student, chosen, size, cfg, state_path=None):
 def select(teacher, files, size, cfg):
     """Read the teacher, score the pool, choose, and weight: paragraphs 1 to 4 of the method.
 
-    Returns a dict: files, distances and weights of the chosen images, nearest first; scores (N, D)
-    of the whole pool, chosen indices into it, and the reasons why files were skipped.
+    Returns a dict: files, distances and weights of the chosen images, nearest first; the files of
+    the pool, their scores (N, D), the chosen indices, and the reasons why files were skipped.
     """
     # 1. The teacher, and what it remembers of its training data.
     layers = select_layers(bn_layers(teacher), cfg.layers)
@@ -200,7 +199,8 @@ def select(teacher, files, size, cfg):
     print(f"4 weighted  {cfg.schedule}; as many as {effective_sample_size(weights):.0f} equally "
           f"weighted images at the start, {len(chosen)} at the end")
     return {"files": [files[i] for i in chosen.tolist()], "distances": distances,
-            "weights": weights, "scores": scores, "chosen": chosen, "skipped": skipped}
+            "weights": weights, "scores": scores, "chosen": chosen, "skipped": skipped,
+            "pool": files}
 
 
 def distill(teacher, student, pool, size, cfg=None):
@@ -258,7 +258,7 @@ def main(argv=None):
     records.write_csv(out / "skipped.csv", ("reason",), [[why] for why in chosen["skipped"]])
     laps.append(("scoring", time.perf_counter()))
     if cfg.dry_run:
-        plots.pool_check(chosen, files, size, out / "pool.png")
+        plots.pool_check(chosen, size, out / "pool.png")
         print(f"dry run: nothing was trained; see {out / 'pool.png'}")
         return {"pool_images": len(files) - len(chosen["skipped"]), "out": str(out)}
 
@@ -282,23 +282,10 @@ def main(argv=None):
     if fingerprint(teacher) != untouched:
         raise ValueError("the teacher changed during the run; please report this as a bug")
 
-    miou = {name: result["miou"] for name, result in results.items()}
-    metrics = {
-        "teacher_miou": miou.get("teacher"), "student_miou": miou.get("student"),
-        "agreement_miou": miou["agreement"],
-        "agreement_pixels": results["agreement"]["pixel_accuracy"],
-        "iou": {name: dict(zip(teacher.class_names, r["iou"].tolist(), strict=True))
-                for name, r in results.items()},
-        "pool_images": len(files) - len(chosen["skipped"]),
-        "skipped_images": len(chosen["skipped"]),
-        "selected_images": len(chosen["files"]), "updates": cfg.steps,
-        "seen_images": min(cfg.steps * cfg.batch_size, len(chosen["files"])),
-        "seconds": laps[-1][1] - laps[0][1],
-        "stage_seconds": {name: t - before for (_, before), (name, t) in pairwise(laps)},
-        "config": dataclasses.asdict(cfg), "environment": records.environment(teacher.mean.device)}
+    metrics = records.metrics(cfg, results, teacher, chosen, laps)
     checkpoint.save_json(metrics, out / "metrics.json")
     (out / "state.pt").unlink(missing_ok=True)
-    plots.story(chosen, files, size, cfg.schedule, teacher, student, held_out, out / "figure.png")
+    plots.story(chosen, size, cfg.schedule, teacher, student, held_out, out / "figure.png")
     print(records.closing(metrics, out))
     return metrics
 

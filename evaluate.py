@@ -34,6 +34,7 @@ from data import (DATASETS, class_colours, find_images, load_image, open_labelle
                   whole_view)
 from models import segmentation_logits
 from options import one_sentence, option, parse
+from training import pick_device
 
 
 def confusion_matrix(prediction, target, num_classes, ignore_index=255):
@@ -108,21 +109,28 @@ def predict(model, images, size):
     return F.interpolate(logits.float(), tuple(size), mode="bilinear").argmax(dim=1)
 
 
+def named_iou(result, class_names):
+    """Return {class: IoU}, None where a class is absent: JSON knows no NaN."""
+    return {name: None if iou != iou else iou
+            for name, iou in zip(class_names, result["iou"].tolist(), strict=True)}
+
+
 def report(results, class_names):
     """Return a table as text: a line per class, a column per named result of `evaluate`."""
     rows = {name: [r["iou"][k] for r in results.values()] for k, name in enumerate(class_names)}
     rows["mean IoU"] = [r["miou"] for r in results.values()]
     rows["pixel accuracy"] = [r["pixel_accuracy"] for r in results.values()]
     lines = [f"{'IoU %':20s}" + "".join(f"{name:>11s}" for name in results)]
-    lines += [f"{name:20s}" + "".join(f"{100 * value:11.1f}" for value in values)
-              for name, values in rows.items()]
-    return "\n".join(lines).replace("nan", " - ")
+    lines += [f"{name:20s}" + "".join(f"{'-':>11s}" if value != value else f"{100 * value:11.1f}"
+                                      for value in values) for name, values in rows.items()]
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class Config:
     checkpoint: str | None = option(None, "the model: student.pt or teacher.pt (required)")
-    dataset: str = option("scenes", "labelled data to score on", choices=tuple(DATASETS))
+    dataset: str = option("scenes", "labelled data to score on",
+                          choices=tuple(name for name in DATASETS if name != "none"))
     data_root: str | None = option(None, "folder of the data set")
     split: str = option("val", "which part of it; 'val:0016E5,0006R0' keeps those sequences")
     images: str | None = option(None, "instead: any folder of images, to write masks for")
@@ -162,8 +170,7 @@ def main(argv=None):
     cfg = parse(Config, argv, "Score a checkpoint on labelled data, or write masks for a folder.")
     if cfg.checkpoint is None:
         raise ValueError("--checkpoint is missing; give the path of a student.pt or teacher.pt")
-    device = "cuda" if cfg.device == "auto" and torch.cuda.is_available() else cfg.device
-    device = torch.device("cpu" if device == "auto" else device)
+    device = pick_device(cfg.device)
     model, state = load_model(cfg.checkpoint)
     model.eval().to(device)
     size = cfg.image_size or tuple(state["image_size"])
@@ -178,7 +185,7 @@ def main(argv=None):
     result = evaluate(model, tqdm(loader, desc="evaluate"), model.num_classes)
     print(report({"model": result}, data.class_names))
     metrics = {key: result[key] for key in ("miou", "pixel_accuracy")}
-    metrics["iou"] = dict(zip(data.class_names, result["iou"].tolist(), strict=True))
+    metrics["iou"] = named_iou(result, data.class_names)
     if cfg.out:
         save_json(metrics, cfg.out)
     return metrics

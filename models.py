@@ -120,8 +120,9 @@ class SegmentationModel(nn.Module):
     """
 
     def __init__(self, net, name, num_classes, mean=IMAGENET_MEAN, std=IMAGENET_STD,
-                 class_names=None):
+                 class_names=None, output_stride=16):
         super().__init__()
+        self.output_stride = output_stride
         self.net, self.name, self.num_classes = net, name, num_classes
         self.class_names = list(class_names or (f"class {k}" for k in range(num_classes)))
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
@@ -140,7 +141,10 @@ def segmentation_logits(model, images, resize=True):
     Raises ValueError for any other output.
     """
     output = model(images)
-    logits = output.get("out") if isinstance(output, dict) else getattr(output, "logits", output)
+    if isinstance(output, dict):                # also transformers' outputs, which are dicts
+        logits = output.get("out", output.get("logits"))
+    else:
+        logits = getattr(output, "logits", output)
     if not isinstance(logits, torch.Tensor) or logits.dim() != 4:
         raise ValueError("a segmentation network must return logits (B, K, H, W), {'out': logits} "
                          f"or an object with .logits; got {type(output).__name__}")
@@ -165,15 +169,23 @@ def build_model(name, num_classes=None, weights=None, weights_backbone=None, out
         if name not in TORCHVISION:
             raise ValueError(f"there are no published segmentation weights for {name}; expected "
                              f"one of {', '.join(TORCHVISION)}")
-        published = torchvision.models.get_model_weights(name)[weights]
+        known = torchvision.models.get_model_weights(name)
+        if weights not in known.__members__:
+            raise ValueError(f"{name} has no published weights {weights!r}; expected one of "
+                             f"{', '.join(known.__members__)}")
+        published = known[weights]
         preset, categories = published.transforms(), published.meta["categories"]
         if num_classes not in (None, len(categories)):
             raise ValueError(f"{name} with weights {weights} has {len(categories)} classes, not "
                              f"{num_classes}: {', '.join(categories)}")
         net = torchvision.models.get_model(name, weights=published)
+        if getattr(net, "aux_classifier", None) is not None:
+            net.aux_classifier = None           # a help in training; build_model has none either
         return SegmentationModel(net, name, len(categories), preset.mean, preset.std, categories)
     if num_classes is None:
         raise ValueError(f"{name} without published weights needs a number of classes")
+    if weights_backbone is not None and name in ("resnet_small", "resnet_tiny"):
+        raise ValueError(f"there are no published backbone weights for {name}")
 
     if name == "resnet_small":                # the CPU teacher
         net = SmallResNet(num_classes, width=32, blocks=2)
@@ -182,6 +194,7 @@ def build_model(name, num_classes=None, weights=None, weights_backbone=None, out
     elif name == "deeplabv3_mobilenet_v2":
         net = nn.Sequential(MobileNetV2Features(output_stride, weights_backbone),
                             DeepLabHead(320, num_classes))
+        normalisation["output_stride"] = output_stride
     else:
         net = torchvision.models.get_model(name, weights=None, weights_backbone=weights_backbone,
                                            num_classes=num_classes)

@@ -12,11 +12,11 @@ Use it
 """
 
 import argparse
-import functools
 import os
 import sys
 import typing
 from dataclasses import field, fields
+from functools import partial, wraps
 
 
 def option(default, help, choices=None, group="options"):
@@ -30,24 +30,27 @@ def parse(config_class, argv, description):
     A bool becomes a switch, a tuple[int, int] takes two integers, `None` means not set.
     """
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=lambda prog: argparse.HelpFormatter(prog, 32, 100))
-    groups = {}
+        description=description, usage="%(prog)s [options]",
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=26, width=100))
+    groups = {"options": parser}                     # argparse's own heading, also over --help
     for f in fields(config_class):
         group = f.metadata["group"]
         groups[group] = groups.get(group) or parser.add_argument_group(group)
         kind = next(t for t in (typing.get_args(f.type) or [f.type]) if t is not type(None))
-        shown = "" if f.default in (None, False) else f" (default: {f.default})"
-        how = {"help": f.metadata["help"] + shown, "default": f.default}
+        choices = f.metadata["choices"]
+        allowed = f" [{', '.join(choices)}]" if choices else ""
+        shown = "" if f.default is None or f.default is False else f" (default: {f.default})"
+        how = {"help": f.metadata["help"] + allowed + shown, "default": f.default}
         if kind is bool:
             how["action"] = "store_true"
         elif f.type == (tuple[int, int] | None):
             how |= {"nargs": 2, "type": int, "metavar": ("H", "W")}
         else:
-            how |= {"type": kind, "choices": f.metadata["choices"]}
-            if not f.metadata["choices"]:
-                how["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
+            how |= {"type": kind, "choices": choices,
+                    "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
         groups[group].add_argument("--" + f.name.replace("_", "-"), **how)
-    return config_class(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def one_sentence(main):
@@ -55,7 +58,7 @@ def one_sentence(main):
 
     Set the environment variable DFSS_TRACEBACK to see where the error arose.
     """
-    @functools.wraps(main)
+    @wraps(main)
     def program():
         try:
             main()

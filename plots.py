@@ -61,24 +61,24 @@ def weight_curves(ax, weights, schedule):
     ax.legend(frameon=False, fontsize=8)
 
 
-def pool_rows(figures, chosen, files, size, columns=10):
+def pool_rows(figures, chosen, size, columns=10):
     """Fill two subfigures with the nearest and the farthest images of the pool."""
     d = chosen["scores"][:, 0]
     order = torch.where(d.isfinite(), d, torch.inf).argsort(stable=True)
     order = order[:int(d.isfinite().sum())].tolist()
     for figure, indices, name in ((figures[0], order[:columns], "Nearest in the pool"),
                                   (figures[1], order[-columns:], "Farthest in the pool")):
-        pictures = [np.asarray(view(load_image(files[i], size), size)) for i in indices]
+        pictures = [np.asarray(view(load_image(chosen["pool"][i], size), size)) for i in indices]
         strip(figure, pictures + [None] * (columns - len(pictures)), name,
               [f"{d[i]:.3g}" for i in indices])
 
 
-def pool_check(chosen, files, size, path):
+def pool_check(chosen, size, path):
     """Write the figure of `--dry-run`: histogram, nearest and farthest images."""
     figure = Figure(figsize=(11, 5.6), layout="constrained")
     parts = figure.subfigures(3, 1, height_ratios=(2, 1, 1))
     histogram(parts[0].subplots(), chosen["scores"], chosen["chosen"])
-    pool_rows(parts[1:], chosen, files, size)
+    pool_rows(parts[1:], chosen, size)
     write(figure, path)
 
 
@@ -89,7 +89,7 @@ def examples(data, count=5):
     return [(x, y) if x.dim() == 4 else (x[None], y[None]) for x, y in picked]
 
 
-def story(chosen, files, size, schedule, teacher, student, data, path):
+def story(chosen, size, schedule, teacher, student, data, path):
     """Write the figure of a run: from the pool to the student's masks.
 
     data: labelled loader, or a list of (images, None). Masks are drawn in the data set's colours.
@@ -113,7 +113,7 @@ def story(chosen, files, size, schedule, teacher, student, data, path):
     left, right = parts[0].subplots(1, 2, width_ratios=(3, 2))
     histogram(left, chosen["scores"], chosen["chosen"])
     weight_curves(right, chosen["weights"], schedule)
-    pool_rows(parts[1:3], chosen, files, size)
+    pool_rows(parts[1:3], chosen, size)
     for part, (name, pictures) in zip(parts[3:], rows.items(), strict=True):
         strip(part, pictures, f"6  {name.capitalize()}" if name == "input" else name.capitalize())
     write(figure, path)

@@ -11,12 +11,14 @@ import hashlib
 import json
 import platform
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torchvision
 
 import checkpoint
+from evaluate import named_iou
 
 # Options that say where or how a run is computed, not what it computes.
 NEUTRAL = {"out", "resume", "dry_run", "device", "workers", "download"}
@@ -41,6 +43,8 @@ def open_run(cfg):
     Without --out it is the next free number below runs/. Raises ValueError if the folder holds
     something and --resume was not given, or if it holds a run of another config.
     """
+    if cfg.out is None and cfg.resume:
+        raise ValueError("--resume needs --out, the folder of the run to go on with")
     if cfg.out is None:
         taken = [int(p.name) for p in Path("runs").glob("[0-9]*") if p.name.isdigit()]
         out = Path("runs") / f"{max(taken, default=0) + 1:03d}"
@@ -52,6 +56,8 @@ def open_run(cfg):
                              "with the run in it")
         if not (out / "config.json").is_file():
             raise ValueError(f"{out} holds no run to resume (no config.json)")
+        if (out / "metrics.json").is_file():
+            raise ValueError(f"the run in {out} is finished; its result is in metrics.json")
         changed = differences(cfg, json.loads((out / "config.json").read_text()))
         if changed:
             raise ValueError(f"the run in {out} has another config ({'; '.join(changed)}); resume "
@@ -68,12 +74,36 @@ def write_csv(path, header, rows):
 
 def environment(device):
     """Return what a number depends on beside the config: versions, hardware, commit."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                         cwd=Path(__file__).parent, check=False)
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
+                                text=True, cwd=Path(__file__).parent, check=False).stdout.strip()
+    except FileNotFoundError:                       # no git here, as in many containers
+        commit = ""
     return {"python": platform.python_version(), "torch": torch.__version__,
             "torchvision": torchvision.__version__, "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda"
-            else f"{platform.machine()} CPU", "commit": git.stdout.strip() or None}
+            else f"{platform.machine()} CPU", "commit": commit or None}
+
+
+def metrics(cfg, results, teacher, chosen, laps):
+    """Return metrics.json: what was reached, from how many images, in how long, with what.
+
+    results: {"teacher", "student", "agreement"} of evaluate.evaluate, the first two only where
+    there are labels. chosen: of distill.select. laps: [(stage, time at its end), ...].
+    """
+    miou = {name: result["miou"] for name, result in results.items()}
+    count = len(chosen["files"])
+    return {
+        "teacher_miou": miou.get("teacher"), "student_miou": miou.get("student"),
+        "agreement_miou": miou["agreement"],
+        "agreement_pixels": results["agreement"]["pixel_accuracy"],
+        "iou": {name: named_iou(result, teacher.class_names) for name, result in results.items()},
+        "pool_images": len(chosen["pool"]) - len(chosen["skipped"]),
+        "skipped_images": len(chosen["skipped"]), "selected_images": count,
+        "seen_images": min(cfg.steps * cfg.batch_size, count), "updates": cfg.steps,
+        "seconds": laps[-1][1] - laps[0][1],
+        "stage_seconds": {name: end - start for (_, start), (name, end) in pairwise(laps)},
+        "config": dataclasses.asdict(cfg), "environment": environment(teacher.mean.device)}
 
 
 def closing(metrics, out):

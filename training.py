@@ -89,7 +89,8 @@ def fit(model, batch_loss, batches, steps, lr, seed=0, amp=None, workers=0, stat
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, lr)
         batch = [x.to(device, non_blocking=True) for x in batch]
-        torch.manual_seed((seed << 32) + step)                 # dropout depends on (seed, t) alone
+        # Dropout depends on (seed, t) alone. On a CPU only the low 32 bits of a seed count.
+        torch.manual_seed(1_000_003 * seed + step)
         with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
             loss = batch_loss(step / steps, *batch)
         optimiser.zero_grad(set_to_none=True)
@@ -100,9 +101,10 @@ def fit(model, batch_loss, batches, steps, lr, seed=0, amp=None, workers=0, stat
         window, count = window + loss.detach(), count + 1
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
             mean = window.item() / count
-            if not math.isfinite(mean):
-                raise ValueError(f"the loss became {mean} between steps {step + 2 - count} and "
-                                 f"{step + 1}; lower --lr, or use --amp off. Nothing bad was saved")
+            if not (math.isfinite(mean) and all(p.isfinite().all() for p in model.parameters())):
+                raise ValueError(f"the loss became {mean} or the weights infinite between steps "
+                                 f"{step + 2 - count} and {step + 1}; lower --lr, or use --amp "
+                                 "off. Nothing bad was saved")
             curve.append((step + 1, mean))
             bar.set_postfix(loss=f"{mean:.4f}")
             window, count = torch.zeros_like(window), 0

@@ -1,0 +1,169 @@
+"""checkpoint.py: what is written comes back bit for bit, safely, and is never half written."""
+
+import errno
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from conftest import with_random_statistics
+from torch import nn
+
+import checkpoint
+from checkpoint import atomic, load, load_model, save, save_json, save_model
+from models import build_model
+
+
+def trained(name="resnet_tiny", classes=4, **how):
+    torch.manual_seed(0)
+    return with_random_statistics(build_model(name, classes, **how))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    save_model(trained(), tmp_path / "m.pt", image_size=[64, 96])
+    return tmp_path / "m.pt"
+
+
+def test_tensors_and_plain_values_come_back_bit_for_bit(tmp_path):
+    state = {"a": torch.tensor([1.0, -0.0, torch.inf, 1e-45]), "b": [1, 0.1, "x", None, (2, True)],
+             "c": torch.arange(3, dtype=torch.bfloat16), "d": torch.tensor(2 ** 62)}
+    save(state, tmp_path / "new" / "s.pt")
+    back = load(tmp_path / "new" / "s.pt")
+    assert back["b"] == state["b"] and list(back) == list(state)
+    for key in "acd":
+        assert back[key].dtype == state[key].dtype and torch.equal(back[key], state[key])
+    assert back["a"][1].signbit()
+
+
+def test_a_model_comes_back_with_all_that_belongs_to_it(tmp_path):
+    model = trained(mean=(0.1, 0.2, 0.3), std=(1, 2, 3), class_names=["a", "b", "c", "d"])
+    save_model(model, tmp_path / "m.pt", image_size=[64, 96], note="kept")
+    back, state = load_model(tmp_path / "m.pt", "resnet_tiny", 4)
+    assert (back.name, back.num_classes, back.class_names) == ("resnet_tiny", 4, list("abcd"))
+    assert (state["image_size"], state["note"]) == ([64, 96], "kept")
+    assert back.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(back.state_dict()[k], v) for k, v in model.state_dict().items())
+    x = torch.rand(2, 3, 32, 48)
+    assert torch.equal(back.eval()(x), model(x))
+
+
+# ---------------------------------------------------------------- files that must not be trusted
+
+class Malicious:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"echo > '{self.marker}'",)
+
+
+@pytest.mark.parametrize(("write", "read"), [
+    (torch.save, lambda path: torch.load(path, weights_only=False)),
+    (lambda x, path: path.write_bytes(pickle.dumps(x, 2)),
+     lambda path: pickle.loads(path.read_bytes()))])
+def test_a_file_that_holds_code_is_refused_and_the_code_is_not_run(tmp_path, write, read):
+    path, marker = tmp_path / "evil.pt", tmp_path / "it ran"
+    write({"format": "dfss-1", "model": Malicious(marker)}, path)
+    with pytest.raises(ValueError, match=r"evil\.pt .*nothing in it was run") as caught:
+        load_model(path)
+    assert "\n" not in str(caught.value) and not marker.exists()
+    read(path)
+    assert marker.exists()                                       # so the danger was real
+
+
+def test_a_file_of_a_whole_pickled_network_is_refused(tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "whole.pt")
+    with pytest.raises(ValueError, match="tensors and plain values"):
+        load(tmp_path / "whole.pt")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*m\.pt"):
+        load_model(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 5000, -1, -200])
+def test_a_truncated_file_is_one_clear_sentence(saved, keep):
+    saved.write_bytes(saved.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"m\.pt is damaged or not a checkpoint") as caught:
+        load_model(saved)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"hello\n", b"GIF89a", b"<html>", b"{}", b"\x80\x02", b"}q",
+                                     b"]q\x00.", b"0", b"I1\na"])
+def test_a_file_of_another_kind_is_one_clear_sentence(tmp_path, content):
+    (tmp_path / "m.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"m\.pt is damaged or not a checkpoint"):
+        load(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("state", [[1, 2], {"state_dict": {}}, {"format": "dfss-0"}])
+def test_a_checkpoint_of_another_format_is_refused(tmp_path, state):
+    save(state, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=r"m\.pt is not a model of this repository .*dfss-1"):
+        load_model(tmp_path / "m.pt")
+
+
+def test_another_model_or_class_count_than_expected_is_said(saved):
+    with pytest.raises(ValueError, match="holds model resnet_tiny, but fcn_resnet50 was asked for"):
+        load_model(saved, "fcn_resnet50")
+    with pytest.raises(ValueError, match="holds num_classes 4, but 11 was asked for"):
+        load_model(saved, num_classes=11)
+
+
+def test_weights_that_do_not_fit_their_model_are_said(saved):
+    save({**load(saved), "num_classes": 5, "class_names": None}, saved)
+    with pytest.raises(ValueError, match=r"weights in .*m\.pt do not fit resnet_tiny: .*head"):
+        load_model(saved)
+
+
+# ---------------------------------------------------------------- never half written
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
+    save_json({"old": 1}, tmp_path / "f.json")
+    with pytest.raises(KeyError), atomic(tmp_path / "f.json") as temporary:
+        temporary.write_text("half")
+        assert temporary.parent == tmp_path and files(tmp_path) == [temporary.name, "f.json"]
+        raise KeyError
+    assert json.loads((tmp_path / "f.json").read_text()) == {"old": 1}
+    assert files(tmp_path) == ["f.json"]
+
+
+def test_the_new_file_appears_only_when_it_is_whole(tmp_path):
+    with atomic(tmp_path / "deeper" / "f.txt") as temporary:
+        temporary.write_text("whole")
+        assert not (tmp_path / "deeper" / "f.txt").exists()
+    assert (tmp_path / "deeper" / "f.txt").read_text() == "whole"
+    assert files(tmp_path / "deeper") == ["f.txt"]
+
+
+def test_a_failing_rename_is_said_and_cleaned_up(tmp_path, monkeypatch):
+    save_json({"old": 1}, tmp_path / "f.json")
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(checkpoint.os, "replace", full)
+    with pytest.raises(OSError, match=r"could not write .*f\.json: No space left.*is intact"):
+        save_json({"new": 2}, tmp_path / "f.json")
+    assert json.loads((tmp_path / "f.json").read_text()) == {"old": 1}
+    assert files(tmp_path) == ["f.json"]
+
+
+def test_a_disk_that_fills_up_keeps_the_old_checkpoint(saved):
+    resource = pytest.importorskip("resource")                   # not on Windows
+    before, limits = saved.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))          # bytes a file
+        with pytest.raises(OSError, match=r"could not write .*m\.pt: .*is intact"):
+            save({"new": torch.ones(100_000)}, saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert saved.read_bytes() == before and files(saved.parent) == ["m.pt"]
+    assert load_model(saved)[0].num_classes == 4

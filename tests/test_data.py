@@ -1,0 +1,351 @@
+"""data.py against hand-computed geometry and the data sets' own layouts; what batches promise."""
+
+import itertools
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import (Batches, Pool, class_colours, find_images, hold_out, load_image, open_labelled,
+                  to_tensor, view, whole_view)
+
+
+def coordinates(width, height, blue=0):
+    """Return a picture whose red is x and whose green is y."""
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    return Image.fromarray(np.stack([x, y, np.full_like(x, blue)], 2).astype(np.uint8))
+
+
+def write(path, picture, **how):
+    """Save a picture, or an array as greyscale; return the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    picture.save(path, **how)
+    return path
+
+
+def mask(*rows):
+    return np.array(rows, dtype=np.uint8)
+
+
+def folder(root, picture, labels, name="a.png"):
+    """Write images/a.png and labels/a.png; return the root."""
+    write(root / "images" / name, picture)
+    write(root / "labels" / name, labels)
+    return root
+
+
+# ---------------------------------------------------------------- files and single images
+
+def test_images_are_found_below_the_folder_sorted_and_whatever_the_case_of_their_suffix(tmp_path):
+    for name in ("b.PNG", "a.jpg", "sub/c.JPeG", "sub/.d.png", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_images(str(tmp_path)) == [tmp_path / "a.jpg", tmp_path / "b.PNG",
+                                          tmp_path / "sub" / "c.JPeG"]
+
+
+def test_a_missing_or_an_empty_folder_is_named(tmp_path):
+    for missing in (tmp_path / "nowhere", None, ""):
+        with pytest.raises(FileNotFoundError, match=f"no folder {missing}"):
+            find_images(missing)
+    with pytest.raises(FileNotFoundError, match=f"no image below {tmp_path}.*jpg"):
+        find_images(tmp_path)
+
+
+PALETTE = Image.fromarray(np.ones((8, 8), dtype=np.uint8))
+PALETTE.putpalette([9, 9, 9, 1, 2, 3])
+
+
+@pytest.mark.parametrize(("picture", "suffix", "expected"), [
+    (Image.new("L", (8, 8), 100), "png", (100, 100, 100)),
+    (Image.new("1", (8, 8), 1), "png", (255, 255, 255)),
+    (Image.new("RGBA", (8, 8), (10, 20, 30, 0)), "png", (10, 20, 30)),
+    (Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "jpg", (0, 255, 255)),
+    (Image.fromarray(np.full((8, 8), 0x8040, dtype=np.uint16)), "png", (128, 128, 128)),
+    (Image.fromarray(np.full((8, 8), 0x8040, dtype=np.uint16)), "tif", (128, 128, 128)),
+    (PALETTE, "png", (1, 2, 3))])
+def test_every_kind_of_picture_becomes_rgb(tmp_path, picture, suffix, expected):
+    loaded = load_image(write(tmp_path / f"a.{suffix}", picture))
+    assert (loaded.mode, loaded.size) == ("RGB", (8, 8))
+    assert np.abs(np.asarray(loaded, dtype=int) - expected).max() <= 2          # JPEG rounds
+
+
+def test_a_picture_that_its_camera_held_sideways_is_turned_upright(tmp_path):
+    stored = Image.new("RGB", (64, 32), "blue")
+    stored.paste("red", (0, 0, 32, 32))                          # the stored left is the true top
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    loaded = load_image(write(tmp_path / "a.jpg", stored, exif=exif))
+    top, bottom = loaded.getpixel((16, 8)), loaded.getpixel((16, 56))
+    assert loaded.size == (32, 64) and top[0] > 200 > top[2] and bottom[2] > 200 > bottom[0]
+
+
+def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path):
+    path = write(tmp_path / "a.jpg", coordinates(250, 200).resize((1000, 800)), quality=95)
+    small, whole = load_image(path, (90, 150)), load_image(path)
+    # At least twice the longer side both ways, because the file may have to be turned.
+    assert small.size == (500, 400) and whole.size == (1000, 800)
+    difference = to_tensor(view(small, (90, 150))).int() - to_tensor(view(whole, (90, 150))).int()
+    assert difference.abs().max() <= 4
+
+
+def test_a_file_that_cannot_be_read_is_a_value_error_that_names_it(tmp_path):
+    whole = write(tmp_path / "whole.png", coordinates(50, 50)).read_bytes()
+    for name, content in (("cut.png", whole[:len(whole) // 2]), ("text.png", b"hello"),
+                          ("empty.jpg", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name):
+            load_image(tmp_path / name)
+    with pytest.raises(ValueError, match="missing.png"):
+        load_image(tmp_path / "missing.png")
+
+
+@pytest.mark.parametrize(("picture", "how", "box"), [
+    ((200, 100), {}, (25, 0, 175, 100)),
+    ((200, 100), {"u": 0, "v": 0}, (0, 0, 150, 100)),
+    ((200, 100), {"u": 1, "v": 0.3}, (50, 0, 200, 100)),
+    ((200, 100), {"scale": 2}, (62.5, 25, 137.5, 75)),
+    ((200, 100), {"scale": 2, "u": 0, "v": 1}, (0, 50, 75, 100)),
+    ((100, 200), {}, (0, 200 / 3, 100, 400 / 3)),
+    ((20, 10), {"u": 1}, (5, 0, 20, 10))])
+def test_a_view_is_the_crop_computed_by_hand(picture, how, box):
+    H, W = 20, 30
+    seen = np.asarray(view(coordinates(*picture), (H, W), **how)).astype(float)
+    left, top, right, bottom = box
+    # The filter keeps a ramp where it does not reach over the edge of the picture.
+    x = left + (np.arange(W) + 0.5) * (right - left) / W - 0.5
+    y = top + (np.arange(H) + 0.5) * (bottom - top) / H - 0.5
+    assert seen.shape == (H, W, 3)
+    assert np.abs(seen[1:-1, 1:-1, 0] - x[1:-1]).max() <= 0.51
+    assert np.abs(seen[1:-1, 1:-1, 1] - y[1:-1, None]).max() <= 0.51
+
+
+def test_a_view_fits_into_the_picture_however_the_division_rounds():
+    for width in range(1, 1001):                                 # 480 (500 / 480) > 500
+        assert view(Image.new("L", (width, 1000)), (3, 480)).size == (480, 3)
+        assert view(Image.new("L", (1000, width)), (480, 3)).size == (3, 480)
+
+
+@pytest.mark.parametrize(("picture", "expected"), [((200, 100), (40, 20)), ((100, 200), (30, 60)),
+                                                   ((15, 10), (30, 20))])
+def test_a_whole_view_covers_the_size_and_keeps_the_shape(picture, expected):
+    assert whole_view(Image.new("RGB", picture), (20, 30)).size == expected
+
+
+def test_the_pool_returns_the_reason_instead_of_raising(tmp_path):
+    (tmp_path / "bad.png").write_text("not an image")
+    pool = Pool([write(tmp_path / "good.png", coordinates(60, 40)), tmp_path / "bad.png"], (20, 30))
+    (good, nothing), (zeros, reason) = pool[0], pool[1]
+    assert len(pool) == 2 and nothing == "" and "bad.png" in reason
+    assert torch.equal(good, to_tensor(view(coordinates(60, 40), (20, 30))))
+    assert torch.equal(zeros, torch.zeros(3, 20, 30, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(("count", "held"), [(20, 1), (41, 3), (4000, 200), (10_000, 200)])
+def test_some_of_the_pool_is_held_out_and_never_learnt_from(count, held):
+    learnt, out = hold_out(list(range(count)))
+    assert len(out) == held and set(learnt).isdisjoint(out)
+    assert out[0] == 0 and sorted(learnt + out) == list(range(count))
+
+
+def test_a_pool_too_small_to_hold_any_out_is_refused():
+    with pytest.raises(ValueError, match="the pool has 19 images; .* at least 20"):
+        hold_out(list(range(19)))
+
+
+# ---------------------------------------------------------------- labelled data sets
+
+def test_camvid_is_read_with_its_void_and_by_sequence(tmp_path):
+    for name in ("0001TP_006690.png", "0006R0_f00930.jpg", "0016E5_00390.png"):
+        write(tmp_path / "train" / name, coordinates(6, 2))
+        write(tmp_path / "trainannot" / f"{name[:-4]}.png",
+              mask([0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]))
+    data = open_labelled("camvid", tmp_path, "train", (4, 12), 11)
+    assert len(data) == 3 and data.class_names[3] == "road" and data.class_names[10] == "bicyclist"
+    for image, target in data:
+        assert image.shape == (3, 4, 12) and image.dtype == torch.uint8
+        assert target.tolist() == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 255]]
+    part = open_labelled("camvid", tmp_path, "train:0001TP,0016E5", (4, 12))
+    assert [path.name[:6] for path in part.images] == ["0001TP", "0016E5"]
+    with pytest.raises(ValueError, match="no image in split 'train:0005VD'"):
+        open_labelled("camvid", tmp_path, "train:0005VD", (4, 12))
+
+
+def test_a_folder_is_read_with_and_without_a_split_and_paired_below_subfolders(tmp_path):
+    for root in (tmp_path, tmp_path / "val"):
+        for k, name in enumerate(("street/1.jpg", "yard/1.jpg")):
+            write(root / "images" / name, coordinates(2, 2))
+            write(root / "labels" / name.replace("jpg", "png"), mask([k, k], [k, 255]))
+    for split, where in (("val", tmp_path / "val"), ("train", tmp_path)):
+        data = open_labelled("folder", tmp_path, split, (2, 2), 2)
+        assert data.images[0] == where / "images" / "street" / "1.jpg"
+        assert [target.tolist() for _, target in data] == [[[0, 0], [0, 255]], [[1, 1], [1, 255]]]
+
+
+def test_pascal_voc_is_read_from_its_palette_masks(tmp_path):
+    voc = tmp_path / "VOCdevkit" / "VOC2012"
+    labels = Image.fromarray(mask([0, 255, 15], [255, 15, 20]))
+    labels.putpalette([c for colour in class_colours(range(256)) for c in colour])
+    write(voc / "JPEGImages" / "2007_000033.jpg", Image.new("RGB", (3, 2)))
+    write(voc / "JPEGImages" / "2007_000032.jpg", Image.new("RGB", (3, 2)))      # not in the split
+    write(voc / "SegmentationClass" / "2007_000033.png", labels)
+    (voc / "ImageSets" / "Segmentation").mkdir(parents=True)
+    (voc / "ImageSets" / "Segmentation" / "val.txt").write_text("2007_000033\n")
+    data = open_labelled("voc", tmp_path, "val", (2, 3), 21)
+    assert len(data) == 1 and data.class_names[15] == "person"
+    assert data[0][1].tolist() == [[0, 255, 15], [255, 15, 20]]
+
+
+def test_cityscapes_ids_become_the_official_nineteen_classes_in_file_order(tmp_path, monkeypatch):
+    for stem in ("lindau/lindau_000000_000019", "frankfurt/frankfurt_000000_000294"):
+        write(tmp_path / "leftImg8bit" / "val" / f"{stem}_leftImg8bit.png", coordinates(17, 2))
+        write(tmp_path / "gtFine" / "val" / f"{stem}_gtFine_labelIds.png",
+              np.arange(34, dtype=np.uint8).reshape(2, 17))
+    listed = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: sorted(listed(path), reverse=True))
+    data = open_labelled("cityscapes", tmp_path, "val", (2, 17), 19)
+    assert [os.path.basename(path)[:6] for path in data.images] == ["frankf", "lindau"]
+    assert "frankfurt" in data.labels[0] and data.class_names[::9] == ["road", "terrain", "bicycle"]
+    official = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11,
+                25: 12, 26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
+    assert data[0][1].flatten().tolist() == [official.get(i, 255) for i in range(34)]
+
+
+def test_a_label_that_is_no_class_is_named_with_its_file_and_value(tmp_path):
+    data = open_labelled("folder", folder(tmp_path, coordinates(2, 1), mask([0, 7])), "", (1, 2), 3)
+    with pytest.raises(ValueError, match=r"labels.a.png holds the label values \[7\].* 3 classes"):
+        data[0]
+
+
+@pytest.mark.parametrize(("labels", "message"), [
+    (coordinates(2, 1), "a.png is a RGB picture; expected an index mask"),
+    (mask([0, 1, 2]), "a.png is 3x1 but its image is 2x1")])
+def test_a_mask_of_another_kind_or_size_is_refused(tmp_path, labels, message):
+    data = open_labelled("folder", folder(tmp_path, coordinates(2, 1), labels), "", (1, 2), 3)
+    with pytest.raises(ValueError, match=message):
+        data[0]
+
+
+def test_a_damaged_mask_is_named(tmp_path):
+    data = open_labelled("folder", folder(tmp_path, coordinates(2, 1), mask([0, 1])), "", (1, 2), 3)
+    data.labels[0].write_bytes(data.labels[0].read_bytes()[:45])
+    with pytest.raises(ValueError, match=r"a\.png"):
+        data[0]
+
+
+def test_an_image_without_a_label_is_named(tmp_path):
+    write(folder(tmp_path, coordinates(2, 1), mask([0, 1])) / "images" / "b.png", coordinates(2, 1))
+    with pytest.raises(ValueError, match=r"1 images have no label, the first is .*b\.png"):
+        open_labelled("folder", tmp_path, "val", (1, 2), 3)
+
+
+@pytest.mark.parametrize("dataset", ["scenes", "camvid", "voc", "cityscapes", "folder"])
+def test_data_that_is_not_there_is_a_file_not_found_error(tmp_path, dataset):
+    for root in (None, tmp_path / "nowhere", tmp_path):
+        with pytest.raises(FileNotFoundError, match=str(root)):
+            open_labelled(dataset, root, "val", (4, 4), 3 if dataset == "folder" else None)
+
+
+def test_a_wrong_or_an_unknown_number_of_classes_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="camvid has 11 classes, but 12"):
+        open_labelled("camvid", tmp_path, "val", (4, 4), 12)
+    with pytest.raises(ValueError, match="unknown number of classes"):
+        open_labelled("folder", tmp_path, "val", (4, 4))
+
+
+def test_classes_have_pascal_vocs_colours():
+    colours = class_colours([f"class {k}" for k in range(21)])
+    known = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 4: (0, 0, 128), 7: (128, 128, 128),
+             8: (64, 0, 0), 15: (192, 128, 128), 20: (0, 64, 128)}
+    assert len(colours) == 21 and {k: colours[k] for k in known} == known
+
+
+# ---------------------------------------------------------------- stateless training batches
+
+@pytest.fixture
+def files(tmp_path):
+    """Return seven pictures of one size that encode coordinates."""
+    return [write(tmp_path / f"{i}.png", coordinates(240, 160, blue=i)) for i in range(7)]
+
+
+def test_a_batch_depends_on_seed_and_number_alone(files):
+    def make(seed=3, files=files):
+        return Batches(files, (20, 30), 3, seed)
+
+    first, second = make(), make()
+    expected = [first[t] for t in range(4)]
+    for t in (2, 0, 3, 1):
+        assert all(torch.equal(a, b) for a, b in zip(second[t], expected[t], strict=True))
+    for workers in (0, 2):
+        loader = torch.utils.data.DataLoader(make(), None, sampler=range(1, 4), num_workers=workers)
+        for batch, (images, slots) in zip(loader, expected[1:], strict=True):
+            assert torch.equal(batch[0], images) and torch.equal(batch[1], slots)
+    crops = [make(seed, files[:1])[t][0] for seed, t in ((3, 0), (3, 1), (4, 0))]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(crops, 2))
+    assert expected[0][0].shape == (3, 3, 20, 30) and expected[0][0].dtype == torch.float32
+
+
+def test_every_file_is_used_once_before_any_is_used_again(files):
+    batches = Batches(files, (20, 30), 3, seed=0)
+    used = torch.cat([batches.slots(t) for t in range(7)]).view(3, 7)            # three epochs
+    assert used.sort(dim=1).values.tolist() == [list(range(7))] * 3
+    assert len({tuple(epoch) for epoch in used.tolist()}) == 3                   # in other orders
+
+
+def test_two_lists_of_files_get_the_same_crops(files, tmp_path):
+    others = [write(tmp_path / "other" / f"{i}.png", coordinates(240, 160, blue=200))
+              for i in range(7)]
+    ours, theirs = (Batches(f, (20, 30), 4, seed=0, jitter=0)[5][0] for f in (files, others))
+    torch.testing.assert_close(ours[:, :2], theirs[:, :2])
+    assert (theirs[:, 2] - ours[:, 2]).min() > 0.7
+
+
+def test_crops_have_the_promised_scales_and_half_of_them_are_flipped(files):
+    images = torch.cat([Batches(files, (20, 30), 50, seed=0, jitter=0)[t][0] for t in range(4)])
+    slope = 255 * (images[:, 0, 10, -2] - images[:, 0, 10, 1]) / 27 * 30         # the crop's width
+    flipped = slope < 0
+    assert 0.4 < flipped.float().mean() < 0.6
+    widths = slope.abs()                       # the largest crop is the whole picture, 240 x 160
+    assert 240 / 1.6 - 2 < widths.min() < 155 and 232 < widths.max() < 242
+    assert widths.median() == pytest.approx(240 / 1.6 ** 0.5, abs=8)
+    left = 255 * torch.where(flipped, images[:, 0, 10, -1], images[:, 0, 10, 0])
+    assert left.min() < 5 and (left + widths).max() > 235
+    part, top = widths < 200, 255 * images[:, 1, 0, 15]
+    u, v = (left / (240 - widths))[part], (top / (160 - widths / 1.5))[part]
+    assert 0.4 < u.mean() < 0.6 > v.mean() > 0.4
+    assert torch.corrcoef(torch.stack([u, v]))[0, 1].abs() < 0.3
+
+
+def test_brightness_and_contrast_change_by_up_to_the_jitter(tmp_path):
+    stripes = np.tile(mask([80, 120]).repeat(15), (20, 1))
+    path = write(tmp_path / "a.png", Image.fromarray(stripes).convert("RGB"))
+    images = Batches([path], (20, 30), 300, seed=0, max_scale=1, jitter=0.3)[0][0].flatten(1) * 255
+    low, high = images.min(dim=1).values, images.max(dim=1).values
+    brightness, contrast = (low + high) / 200, (high - low) / (low + high) * 5
+    for factor in (brightness, contrast):
+        assert 0.699 < factor.min() < 0.72 and 1.28 < factor.max() < 1.301
+    assert torch.corrcoef(torch.stack([brightness, contrast]))[0, 1].abs() < 0.2
+
+
+def test_labels_follow_their_images_through_crop_and_flip(tmp_path):
+    blocks = np.random.default_rng(0).choice([0, 2, 5, 9], (8, 12)).astype(np.uint8)
+    labels = blocks.repeat(12, 0).repeat(12, 1)                                  # 96 x 144 pixels
+    folder(tmp_path, Image.fromarray(25 * labels).convert("RGB"), labels)
+    data = open_labelled("folder", tmp_path, "val", (32, 48), 10)
+    images, slots, targets = Batches(data.images, (32, 48), 20, seed=0, jitter=0, labelled=data)[0]
+    assert targets.shape == (20, 32, 48) and targets.dtype == torch.int64
+    assert targets.unique().tolist() == [0, 2, 5, 9]                             # never blended
+    shown = images[:, 0] * 255 / 25                                              # (20, 32, 48)
+    for wanted, least, most in ((targets, 0.88, 1), (targets.flip(2), 0, 0.7)):
+        share = ((shown - wanted).abs() < 2.5).float().mean((1, 2))              # of the pixels
+        assert share.min() >= least and share.max() <= most
+
+
+def test_pictures_are_kept_no_larger_than_the_crops_need(tmp_path):
+    folder(tmp_path, coordinates(240, 160).resize((900, 600)), np.zeros((600, 900), dtype=np.uint8))
+    data = open_labelled("folder", tmp_path, "val", (20, 30), 1)
+    image, labels = Batches(data.images, (20, 30), 1, seed=0, max_scale=2, labelled=data).source(0)
+    assert image.size == labels.size == (60, 40)
