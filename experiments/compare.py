@@ -9,7 +9,7 @@ Use it
     python -m experiments.compare --preset ladder --seeds 3 --out results/scenes.json
     python -m experiments.compare --preset metrics --seeds 3 --out results/metrics.json \\
         --common "--dataset camvid --data-root DIR --pool DIR --teacher T.pt --split val"
-    python -m experiments.compare --table results/scenes.json            (prints the table again)
+    python -m experiments.compare --table results/scenes.json    # the table again
 """
 
 import csv
