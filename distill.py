@@ -70,7 +70,7 @@ class Config:
     schedule: str = method("linear", "how weights relax to 1; uniform: no weights", SCHEDULES)
     kd: str = method("pixelwise+channelwise", "loss, or several joined by +: " + ", ".join(KD))
     temperature: float | None = method(None, "softening (default: the loss's own)")
-    steps: int = training(900, "number of updates")
+    steps: int = training(1500, "number of updates")
     batch_size: int = training(16, "images an update")
     lr: float = training(0.01, "highest learning rate")
     image_size: tuple[int, int] | None = training(None, "crop size (default: the teacher's)")
@@ -216,7 +216,7 @@ def distill(teacher, student, pool, size, cfg=None):
 
 
 def prepare(cfg):
-    """Return (teacher, size, pool files, loader of labelled or held-out images, class names)."""
+    """Return (teacher, size, files of the pool, loader of labelled or of held-out images)."""
     device = pick_device(cfg.device)
     teacher, size = load_teacher(cfg)
     freeze(teacher).to(device, memory_format=torch.channels_last)
@@ -227,7 +227,8 @@ def prepare(cfg):
         return teacher, size, files, [(image, None) for image, error in views if not error[0]]
     labelled = open_labelled(cfg.dataset, cfg.data_root, cfg.split, size, teacher.num_classes,
                              cfg.download)
-    return teacher, size, files, DataLoader(labelled)
+    # Only the built-in scenes are sure to have one size, and a batch needs one.
+    return teacher, size, files, DataLoader(labelled, 16 if cfg.dataset == "scenes" else 1)
 
 
 def new_student(cfg, teacher):

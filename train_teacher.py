@@ -103,8 +103,8 @@ def builtin_teacher(size=None, device="auto", amp="auto"):
     size = size or DATASETS["scenes"][1]
     root = f"runs/scenes-{size[0]}x{size[1]}"
     scenes.write_scenes(root, size=size, progress=partial(tqdm, desc="drawing scenes"))
-    cfg = Config(dataset="scenes", data_root=root, eval_split="val", image_size=size, steps=500,
-                 device=device, amp=amp, resume=True)
+    cfg = Config(dataset="scenes", data_root=root, eval_split="val", image_size=size, steps=300,
+                 lr=0.01, device=device, amp=amp, resume=True)
     cfg = dataclasses.replace(cfg, out=f"runs/teacher-{records.digest(cfg)}")
     path = f"{cfg.out}/teacher.pt"
     if Path(path).exists():
