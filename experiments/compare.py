@@ -41,10 +41,10 @@ PRESETS = {
                 "standardised, all layers": f"--metric standardised {UNIFORM}",
                 "kl, all layers": f"--metric kl {UNIFORM}",
                 "l2, early layers": f"--layers early {UNIFORM}",
-                "l2, middle layers": f"--layers middle {UNIFORM}",
-                "l2, late layers": f"--layers late {UNIFORM}",
-                "herding, all layers": f"--sampling herding {UNIFORM}"},
-    "once": {"as given": ""},
+                "l2, late layers": f"--layers late {UNIFORM}"},
+    # The pools are written by experiments.shuffle_tiles from one and the same choice.
+    "structure": {"whole scenes": f"--pool runs/whole --budget 0 {UNIFORM}",
+                  "4x4 tiles, shuffled": f"--pool runs/tiles --budget 0 {UNIFORM}"},
 }
 # Two-sided 95 % quantiles of Student's t for n paired differences (n - 1 degrees of freedom).
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
@@ -78,13 +78,13 @@ def read_csv(path):
 
 
 def picks(folder, pool):
-    """Return ({kind: number chosen}, files); the kind is the folder below the pool, or as drawn."""
+    """Return ({kind: number chosen}, files); the kind is the file's folder, or as drawn."""
     files = [Path(row[0]) for row in read_csv(folder / "chosen.csv")[1:]]
     kinds = Path(pool).parent / "pool_kinds.csv"
     if kinds.exists():
         kind = dict(read_csv(kinds))
         return Counter(kind[file.name] for file in files), files
-    return Counter(file.relative_to(pool).parts[0] for file in files), files
+    return Counter((Path("pool") / file.relative_to(pool)).parts[-2] for file in files), files
 
 
 def collect(cfg):

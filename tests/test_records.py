@@ -170,7 +170,8 @@ def test_the_help_shows_groups_choices_and_every_default(capsys):
     assert caught.value.code == 0 and "What it does." in text and "\ntraining:\n" in text
     lines = [" ".join(line.split()) for line in text.splitlines()]
     for line in ("--steps N number of updates (default: 900)", "--seed N seed (default: 0)",
-                 "--lr X learning rate (default: 0.1)", "--name NAME one of two [a, b] (default: a)",
+                 "--lr X learning rate (default: 0.1)",
+                 "--name NAME one of two [a, b] (default: a)",
                  "--size H W height and width", "--resume go on"):
         assert line in lines
     assert text.count("\noptions:\n") == 1 and max(map(len, text.splitlines())) <= 100
