@@ -217,6 +217,8 @@ def distill(teacher, student, pool, size, cfg=None):
 
 def prepare(cfg):
     """Return (teacher, size, files of the pool, loader of labelled or of held-out images)."""
+    if not cfg.pool:
+        raise ValueError("--pool is missing; name a folder of unlabelled photographs")
     device = pick_device(cfg.device)
     teacher, size = load_teacher(cfg)
     freeze(teacher).to(device, memory_format=torch.channels_last)

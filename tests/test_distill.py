@@ -200,6 +200,7 @@ def test_every_bad_input_gets_one_sentence(world, tmp_path):
     torch.save({"weight": torch.zeros(1)}, tmp_path / "foreign.pt")
     cases = [(["--pool", tmp_path / "nowhere"], FileNotFoundError, "no folder"),
              (["--pool", tmp_path / "empty"], FileNotFoundError, "no image"),
+             (["--pool", ""], ValueError, "--pool is missing"),
              (["--budget", 41], ValueError, "between 1 and 40"),
              (["--teacher", tmp_path / "five.pt"], ValueError, "num_classes 5, but 8"),
              (["--teacher", tmp_path / "foreign.pt"], ValueError, "not a model of this repository"),
