@@ -50,7 +50,8 @@ def open_run(cfg):
         out = Path("runs") / f"{max(taken, default=0) + 1:03d}"
     else:
         out = Path(cfg.out)
-    if out.is_dir() and any(out.iterdir()):
+    # A run that failed before its first result, over a mistyped path say, leaves config.json only.
+    if out.is_dir() and any(path.name != "config.json" for path in out.iterdir()):
         if not cfg.resume:
             raise ValueError(f"{out} is not empty; choose another --out, or add --resume to go on "
                              "with the run in it")

@@ -6,7 +6,7 @@ Idea
     README's tables are made. Seeds pair the rows: same student, same crops, other images.
 
 Use it
-    python -m experiments.compare --preset ladder --seeds 3 --out results/scenes.json
+    python -m experiments.compare --preset scenes --seeds 3 --out results/scenes.json
     python -m experiments.compare --preset metrics --seeds 3 --out results/metrics.json \\
         --common "--dataset camvid --data-root DIR --pool DIR --teacher T.pt --split val"
     python -m experiments.compare --table results/scenes.json    # the table again
@@ -35,6 +35,9 @@ PRESETS = {
                "nearest, progressive weights (DFSS)": ""},
     "headline": {"random": f"--sampling random {UNIFORM}",
                  "nearest, progressive weights (DFSS)": ""},
+    "scenes": {"random": f"--sampling random {UNIFORM}",
+               "nearest, progressive weights (DFSS)": "",
+               "the same by kl distance": "--metric kl"},
     "metrics": {"random": f"--sampling random {UNIFORM}",
                 "confidence": f"--sampling confidence {UNIFORM}",
                 "l2, all layers (ADS)": UNIFORM,

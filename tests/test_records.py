@@ -209,3 +209,9 @@ def test_an_interruption_is_exit_code_130_and_a_bug_keeps_its_traceback(capsys):
 def test_a_program_without_an_error_returns_quietly(capsys):
     assert one_sentence(lambda: {"miou": 1})() is None           # a value would be an exit code
     assert capsys.readouterr() == ("", "")
+
+
+def test_after_a_mistake_the_same_folder_can_be_used_with_other_options(tmp_path):
+    open_run(Config(out=str(tmp_path / "a"), steps=1))
+    open_run(Config(out=str(tmp_path / "a"), steps=2))
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["steps"] == 2
