@@ -1,0 +1,106 @@
+"""The README is true: its commands parse, its snippet runs, its tables and names exist."""
+
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import distill
+import evaluate
+import options
+import train_teacher
+from experiments import compare, shuffle_tiles
+
+REPOSITORY = Path(__file__).parent.parent
+README = (REPOSITORY / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+PROGRAMS = {"distill.py": distill, "train_teacher.py": train_teacher, "evaluate.py": evaluate,
+            "experiments.compare": compare, "experiments.shuffle_tiles": shuffle_tiles}
+CONCEPTS = ("bn_stats", "ads_sampler", "priority", "kd_loss")
+
+
+def commands():
+    """Return (program, words) of every command line in the README and in module docstrings."""
+    sources = [README] + [path.read_text().split('"""')[1] for path in REPOSITORY.glob("*.py")]
+    sources += [path.read_text().split('"""')[1] for path in REPOSITORY.glob("experiments/c*.py")]
+    text = "\n".join(sources).replace("\\\\\n", " ").replace("\\\n", " ")
+    found = re.findall(r"python (?:-m )?([\w.]+)((?: +(?:\"[^\"]*\"|[\w./,+-]+))*)", text)
+    return sorted({(program, words.strip()) for program, words in found
+                   if program in PROGRAMS and "..." not in words})
+
+
+@pytest.mark.parametrize(("program", "words"), commands())
+def test_every_printed_command_parses(program, words):
+    cfg = options.parse(PROGRAMS[program].Config, shlex.split(words), "")
+    assert isinstance(cfg, PROGRAMS[program].Config)
+
+
+def test_there_are_commands_for_every_program():
+    assert {program for program, _ in commands()} >= {"distill.py", "train_teacher.py",
+                                                      "evaluate.py", "experiments.compare"}
+
+
+def test_the_python_snippet_runs(tmp_path, pool_folder):
+    (code,) = [body for language, body in BLOCKS if language == "python"]
+    pool_folder.rename(tmp_path / "photos")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "is the nearest photograph" in done.stdout and (tmp_path / "student.pt").exists()
+
+
+def test_the_equation_table_names_functions_and_tests_that_exist():
+    names = re.findall(r"`(\w+)\.py:(\w+)`", README)
+    assert len(names) >= 8
+    for module, name in names:
+        assert callable(getattr(importlib.import_module(module), name))
+    for test in re.findall(r"`(test_\w+\.py)`", README):
+        assert (REPOSITORY / "tests" / test).exists()
+
+
+def test_the_file_list_is_complete():
+    listed = set(re.findall(r"^(\w+\.py) ", README, re.MULTILINE))
+    assert listed == {path.name for path in REPOSITORY.glob("*.py")}
+
+
+def test_every_table_is_generated_from_its_record():
+    tables = re.findall(r"<!-- table: (\S+) -->\n(.*?)\n?<!-- end -->", README, re.DOTALL)
+    assert tables
+    for path, text in tables:
+        assert text == compare.table(json.loads((REPOSITORY / path).read_text())), path
+
+
+@pytest.mark.parametrize("module", CONCEPTS)
+def test_a_concept_file_runs_its_demo_alone_with_torch_only(module, tmp_path):
+    source = (REPOSITORY / f"{module}.py").read_text()
+    assert source.count("\n") <= 200
+    imported = set(re.findall(r"^(?:import|from) (\w+)", source, re.MULTILINE))
+    assert imported <= {"torch", *sys.stdlib_module_names}
+    shutil.copy(REPOSITORY / f"{module}.py", tmp_path)
+    done = subprocess.run([sys.executable, f"{module}.py"], cwd=tmp_path, capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    # The numbers of the docstring's worked example are printed.
+    expected = {"bn_stats": ["10.000", "6.598", "3.656"], "ads_sampler": ["1.33", "0.00"],
+                "priority": ["2.98", "2.57"], "kd_loss": ["0.1212", "0.2747", "0.9375"]}[module]
+    for number in expected:
+        assert number in done.stdout
+        assert number.rstrip("0").rstrip(".") in source.split('"""')[1]
+
+
+@pytest.mark.parametrize("program", ["distill.py", "train_teacher.py", "evaluate.py"])
+def test_help_lists_every_option_with_its_default(program, capsys):
+    with pytest.raises(SystemExit):
+        PROGRAMS[program].main(["--help"])
+    text = capsys.readouterr().out
+    for name, field in PROGRAMS[program].Config.__dataclass_fields__.items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert field.default is None or field.default is False or str(field.default) in text
+    assert all(len(line) <= 100 for line in text.splitlines())
