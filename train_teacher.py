@@ -2,7 +2,7 @@
 
 Idea
     DFSS starts from a trained network. Where none exists, this makes one: cross-entropy on random
-    crops, AdamW, the last weights. BatchNorm's running statistics, the memory
+    crops, stochastic gradient descent, the last weights. BatchNorm's running statistics, the memory
     that DFSS reads, are a by-product of any such training.
 
 Use it
@@ -27,7 +27,7 @@ from data import DATASETS, IGNORE, Batches, open_labelled
 from evaluate import evaluate, report
 from models import MODELS, build_model
 from options import one_sentence, option, parse
-from training import fit, pick_amp, pick_device
+from training import OPTIMISERS, fit, pick_amp, pick_device
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Config:
                            choices=("none", "imagenet"), group="training")
     steps: int = option(2000, "number of updates", group="training")
     batch_size: int = option(16, "images an update", group="training")
-    lr: float = option(0.005, "highest learning rate", group="training")
+    optimiser: str = option("sgd", "how to train", choices=tuple(OPTIMISERS), group="training")
+    lr: float = option(0.1, "highest learning rate", group="training")
     image_size: tuple[int, int] | None = option(None, "crop height and width (default: the data "
                                                 "set's)", group="training")
     jitter: float = option(0.2, "change of brightness and contrast", group="training")
@@ -82,7 +83,7 @@ def train_teacher(cfg):
     batches = Batches(data.images, size, cfg.batch_size, cfg.seed, jitter=cfg.jitter, labelled=data)
     curve = fit(model, lambda progress, images, slots, target: cross_entropy(model(images), target),
                 batches, cfg.steps, cfg.lr, cfg.seed, pick_amp(cfg.amp, device), cfg.workers,
-                out / "state.pt", name="teacher")
+                out / "state.pt", "teacher", cfg.optimiser)
     metrics = {"images": len(data), "updates": cfg.steps, "loss": curve[-1][1] if curve else None}
     if cfg.eval_split:
         held_out = open_labelled(cfg.dataset, cfg.data_root, cfg.eval_split, size, cfg.num_classes)
@@ -103,8 +104,8 @@ def builtin_teacher(size=None, device="auto", amp="auto"):
     size = size or DATASETS["scenes"][1]
     root = f"runs/scenes-{size[0]}x{size[1]}"
     scenes.write_scenes(root, size=size, progress=partial(tqdm, desc="drawing scenes"))
-    cfg = Config(dataset="scenes", data_root=root, eval_split="val", image_size=size, steps=300,
-                 lr=0.01, device=device, amp=amp, resume=True)
+    cfg = Config(dataset="scenes", data_root=root, eval_split="val", image_size=size, steps=400,
+                 device=device, amp=amp, resume=True)
     cfg = dataclasses.replace(cfg, out=f"runs/teacher-{records.digest(cfg)}")
     path = f"{cfg.out}/teacher.pt"
     if Path(path).exists():

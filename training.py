@@ -15,6 +15,7 @@ Use it
 """
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -57,20 +58,25 @@ def learning_rate(step, steps, lr0):
     return lr0 * min(1, (step + 1) / 50) * (1 - step / steps) ** 0.9
 
 
+OPTIMISERS = {"adamw": partial(torch.optim.AdamW, weight_decay=0.01),
+              "sgd": partial(torch.optim.SGD, momentum=0.9, weight_decay=1e-4)}
+
+
 def fit(model, batch_loss, batches, steps, lr, seed=0, amp=None, workers=0, state_path=None,
-        name="train"):
+        name="train", optimiser="adamw"):
     """Train `model` in place for `steps` updates; return the curve [(step, mean loss), ...].
 
     batch_loss(progress, *batch) returns a scalar; progress runs from 0 towards 1; the batch is on
-    the model's device. amp: autocast dtype or None. state_path: where to keep the resumable state;
-    if one is there, training goes on from it. Raises ValueError when the loss is not finite.
+    the model's device. optimiser: one of OPTIMISERS. amp: autocast dtype or None. state_path: where
+    to keep the resumable state; if one is there, training goes on from it. Raises ValueError when
+    the loss is not finite.
     """
     device = next(model.parameters()).device
     # Channels-last is the faster layout in mixed precision. In float32 on a CPU it gains nothing,
     # and there torch 2.14.1 corrupts memory in the backward pass of a strided 1x1 convolution.
     if amp or device.type == "cuda":
         model.to(memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
+    optimiser = OPTIMISERS[optimiser](model.parameters(), lr)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     start, curve = 0, []
     if state_path and Path(state_path).exists():
