@@ -23,21 +23,21 @@ from functools import partial
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import baselines
 import checkpoint
 import kd_loss
 import plots
 import records
-from ads_sampler import mean_shift, moment_features, sample, score_pool
-from bn_stats import METRICS, bn_distance, bn_layers, capture_bn_inputs, select_layers
+from ads_sampler import sample
+from bn_stats import METRICS, bn_layers, select_layers
 from data import DATASETS, Batches, Pool, find_images, hold_out, open_labelled
-from evaluate import as_input, evaluate, report
+from evaluate import evaluate, report
 from models import MODELS, build_model, cost, fingerprint, freeze, segmentation_logits
 from options import one_sentence, option, parse
 from priority import (SCHEDULES, effective_sample_size, progressive_weights, sample_weights,
                       weighted_loss)
+from scoring import score, store_path
 from train_teacher import builtin_teacher
 from training import fit, pick_amp, pick_device
 
@@ -96,34 +96,6 @@ def load_teacher(cfg):
     return model, cfg.image_size or DATASETS[cfg.dataset][1]
 
 
-def score(teacher, layers, files, size, cfg):
-    """Return (scores (N, 2 or more), reasons why files were left out).
-
-    Column 0 is the distance, column 1 the shift (ads_sampler.mean_shift), the rest are features for
-    herding. Unreadable files score NaN.
-    """
-    device = next(iter(layers.values())).running_mean.device
-    skipped = []
-
-    def score_batch(batch):
-        images, errors = batch
-        with capture_bn_inputs(teacher, layers) as captured:
-            output = segmentation_logits(teacher, as_input(images, device))
-        if cfg.sampling in baselines.PREDICTION_SCORES:
-            distance = baselines.prediction_scores(output, cfg.sampling)          # (B,)
-        else:
-            distance = bn_distance(captured, layers, cfg.metric).sum(dim=1)       # (B,)
-        scores = torch.stack([distance, mean_shift(captured, layers)], dim=1)
-        if cfg.sampling == "herding":
-            scores = torch.cat([scores, moment_features(captured, layers)], dim=1)
-        skipped.extend(error for error in errors if error)
-        scores[[bool(error) for error in errors]] = torch.nan
-        return scores
-
-    loader = DataLoader(Pool(files, size), batch_size=16, num_workers=cfg.workers)
-    return score_pool(score_batch, tqdm(loader, desc="scoring", mininterval=1)), skipped
-
-
 def choose(scores, cfg):
     """Return the indices of the chosen images, nearest first: (N, D) -> (budget,)."""
     distances, usable = scores[:, 0], scores[:, :2].isfinite().all(dim=1)
@@ -172,11 +144,12 @@ def train_student(teacher, student, chosen, size, cfg, state_path=None):
                pick_amp(cfg.amp, device), cfg.workers, state_path, "distilling")
 
 
-def select(teacher, files, size, cfg):
+def select(teacher, files, size, cfg, out=None):
     """Read the teacher, score the pool, choose, and weight: paragraphs 1 to 4 of the method.
 
     Returns a dict: files, distances and weights of the chosen images, nearest first; the files of
     the pool, their scores (N, D), the chosen indices, and the reasons why files were skipped.
+    out: folder of the run; with it the scan can be resumed, and its scores are kept for other runs.
     """
     # 1. The teacher, and what it remembers of its training data.
     layers = select_layers(bn_layers(teacher), cfg.layers)
@@ -184,7 +157,8 @@ def select(teacher, files, size, cfg):
           f"{len(layers)} BatchNorm layers read, images {size[0]}x{size[1]}")
 
     # 2. Score the pool by it.
-    scores, skipped = score(teacher, layers, files, size, cfg)                    # (N, D)
+    kept = (out / "scores.part", store_path(teacher, layers, files, size, cfg)) if out else ()
+    scores, skipped = score(teacher, layers, files, size, cfg, *kept)             # (N, D)
     print(f"2 scored    {len(files) - len(skipped)} images" + (
         f"; {len(skipped)} unreadable ones are named in skipped.csv" if skipped else ""))
 
@@ -256,7 +230,7 @@ def main(argv=None):
     teacher, size, files, held_out = prepare(cfg)
     untouched = fingerprint(teacher)
 
-    chosen = select(teacher, files, size, cfg)
+    chosen = select(teacher, files, size, cfg, out)
     records.write_csv(out / "chosen.csv", ("file", "distance", "weight"), zip(
         chosen["files"], chosen["distances"].tolist(), chosen["weights"].tolist(), strict=True))
     records.write_csv(out / "skipped.csv", ("reason",), [[why] for why in chosen["skipped"]])

@@ -16,6 +16,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def own_store(tmp_path_factory, monkeypatch):
+    """Keep scores away from the user's, and from other tests'."""
+    monkeypatch.setattr("scoring.STORE", tmp_path_factory.mktemp("scores"))
+
+
 def with_random_statistics(model, seed=0):
     """Give every BatchNorm layer of a model running statistics as if it had been trained."""
     generator = torch.Generator().manual_seed(seed)
