@@ -24,6 +24,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 import scenes
+from alignment import apply_colours
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
 IGNORE = 255
@@ -267,12 +268,15 @@ class Batches(Dataset):
     files: image paths; slots are indices into them. Every file is used once before any is used
     again. A random crop (scale 1 to max_scale), a flip, and brightness and contrast changed by up
     to `jitter` are drawn from (seed, t, place in the batch), not from the file. labelled: a
-    Labelled data set over the same files adds targets (B, H, W).
+    Labelled data set over the same files adds targets (B, H, W). colours: (N, 3, 4), a colour map
+    of each file (alignment.py), applied before brightness and contrast.
     """
 
-    def __init__(self, files, size, batch_size, seed, max_scale=1.6, jitter=0.2, labelled=None):
+    def __init__(self, files, size, batch_size, seed, max_scale=1.6, jitter=0.2, labelled=None,
+                 colours=None):
         self.files, self.size, self.batch_size, self.seed = files, tuple(size), batch_size, seed
         self.max_scale, self.jitter, self.labelled = max_scale, jitter, labelled
+        self.colours = colours
         self.cache, self.cached_bytes = {}, 0
 
     def __len__(self):
@@ -316,6 +320,8 @@ class Batches(Dataset):
             crop = {"scale": self.max_scale ** s, "u": u, "v": v}
             image, mask = self.source(slot)
             x = to_tensor(view(image, self.size, **crop)).float() / 255             # (3, H, W)
+            if self.colours is not None:
+                x = apply_colours(x[None], self.colours[slot][None])[0]
             contrast, brightness = 1 + self.jitter * (2 * np.array([contrast, brightness]) - 1)
             x = (((x - x.mean()) * contrast + x.mean()) * brightness).clamp(0, 1)
             images.append(x.flip(2) if flip else x)

@@ -23,21 +23,23 @@ from functools import partial
 
 import torch
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
+import alignment
 import baselines
 import checkpoint
 import kd_loss
 import plots
 import records
 from ads_sampler import sample
-from bn_stats import METRICS, bn_layers, select_layers
+from bn_stats import METRICS, bn_distance, bn_layers, capture_bn_inputs, select_layers
 from data import DATASETS, Batches, Pool, find_images, hold_out, open_labelled
-from evaluate import evaluate, report
+from evaluate import as_input, evaluate, report
 from models import MODELS, build_model, cost, fingerprint, freeze, segmentation_logits
 from options import one_sentence, option, parse
 from priority import (SCHEDULES, effective_sample_size, progressive_weights, sample_weights,
                       weighted_loss)
-from scoring import score, store_path
+from scoring import score, store_path, verdict
 from train_teacher import builtin_teacher
 from training import fit, pick_amp, pick_device
 
@@ -68,6 +70,8 @@ class Config:
     metric: str = method("l2", "distance to their statistics", METRICS)
     weighting: str = method("minmax", "weights from distances", ("minmax", "rank"))
     schedule: str = method("linear", "how weights relax to 1; uniform: no weights", SCHEDULES)
+    align: str = method("none", "bend colours towards the teacher's statistics (ours)",
+                        ("none", "transfer", "transfer-first", "fit"))
     kd: str = method("pixelwise+channelwise", "loss, or several joined by +: " + ", ".join(KD))
     temperature: float | None = method(None, "softening (default: the loss's own)")
     steps: int = training(1500, "number of updates")
@@ -108,17 +112,23 @@ def choose(scores, cfg):
     return sample(distances, budget)
 
 
-def verdict(scores, chosen):
-    """Return a sentence: does this pool fit this teacher?
+def colour_mapper(teacher, size, align):
+    """Return the function from images (B, 3, H, W) to colour maps (B, 3, 4) that `align` names."""
+    layers = bn_layers(teacher)
+    early = select_layers(layers, "early") if align == "fit" else dict([next(iter(layers.items()))])
 
-    A rule of thumb from one teacher (results/pool_check.csv): CamVid's own training images lie at
-    0.2, the chosen of a mixed pool at 0.3, of landscapes only at 0.5, any photographs at 1.1.
-    """
-    near, whole = (float(s.square().nanmean().sqrt()) for s in (scores[chosen, 1], scores[:, 1]))
-    fits = "fits well" if near < 0.4 else "fits in part" if near < 0.7 else "hardly fits"
-    return (f"This pool {fits}: the chosen images lie {near:.2f} standard deviations from the "
-            f"teacher's channel means,\n            the whole pool {whole:.2f}; training images "
-            "lie below 0.3 or so. Look at the nearest, too.")
+    def statistics(images):
+        with capture_bn_inputs(teacher, early) as captured:
+            segmentation_logits(teacher, images)
+        return captured
+
+    if align == "fit":
+        return partial(alignment.fit, distance=lambda images: bn_distance(
+            statistics(images), early, "kl").sum(dim=1))
+    (name, first), = early.items()
+    mean, cov = alignment.colour_target(lambda images: statistics(images)[name][0],
+                                        first.running_mean, first.running_var, size)
+    return partial(alignment.transfer, mean=mean, cov=cov)
 
 
 def train_student(teacher, student, chosen, size, cfg, state_path=None):
@@ -139,7 +149,7 @@ def train_student(teacher, student, chosen, size, cfg, state_path=None):
         now = progressive_weights(weights, progress, cfg.schedule)                # (N,)
         return weighted_loss(losses, now[slots], now.mean())
 
-    batches = Batches(chosen["files"], size, cfg.batch_size, cfg.seed)
+    batches = Batches(chosen["files"], size, cfg.batch_size, cfg.seed, colours=chosen["colours"])
     return fit(student, batch_loss, batches, cfg.steps, cfg.lr, cfg.seed,
                pick_amp(cfg.amp, device), cfg.workers, state_path, "distilling")
 
@@ -148,7 +158,8 @@ def select(teacher, files, size, cfg, out=None):
     """Read the teacher, score the pool, choose, and weight: paragraphs 1 to 4 of the method.
 
     Returns a dict: files, distances and weights of the chosen images, nearest first; the files of
-    the pool, their scores (N, D), the chosen indices, and the reasons why files were skipped.
+    the pool, their scores (N, D), the chosen indices, the reasons why files were skipped, and the
+    colour maps (budget, 3, 4) of the chosen images, or None.
     out: folder of the run; with it the scan can be resumed, and its scores are kept for other runs.
     """
     # 1. The teacher, and what it remembers of its training data.
@@ -157,8 +168,12 @@ def select(teacher, files, size, cfg, out=None):
           f"{len(layers)} BatchNorm layers read, images {size[0]}x{size[1]}")
 
     # 2. Score the pool by it.
-    kept = (out / "scores.part", store_path(teacher, layers, files, size, cfg)) if out else ()
-    scores, skipped = score(teacher, layers, files, size, cfg, *kept)             # (N, D)
+    part, store = (out / "scores.part", store_path(teacher, layers, files, size, cfg)) if out else (
+        None, None)
+    mapper = None if cfg.align == "none" else colour_mapper(teacher, size, cfg.align)
+    aligned = None if cfg.align != "transfer-first" else (
+        lambda images: alignment.apply_colours(images, mapper(images)))
+    scores, skipped = score(teacher, layers, files, size, cfg, part, store, aligned)    # (N, D)
     print(f"2 scored    {len(files) - len(skipped)} images" + (
         f"; {len(skipped)} unreadable ones are named in skipped.csv" if skipped else ""))
 
@@ -173,9 +188,14 @@ def select(teacher, files, size, cfg, out=None):
     weights = sample_weights(distances, cfg.weighting)                            # (budget,)
     print(f"4 weighted  {cfg.schedule}; as many as {effective_sample_size(weights):.0f} equally "
           f"weighted images at the start, {len(chosen)} at the end")
-    return {"files": [files[i] for i in chosen.tolist()], "distances": distances,
-            "weights": weights, "scores": scores, "chosen": chosen, "skipped": skipped,
-            "pool": files}
+    found = {"files": [files[i] for i in chosen.tolist()], "distances": distances,
+             "weights": weights, "scores": scores, "chosen": chosen, "skipped": skipped,
+             "pool": files, "colours": None}
+    if mapper:                                    # the one step here that is not the paper's
+        device = next(teacher.parameters()).device
+        views = tqdm(DataLoader(Pool(found["files"], size), 16), desc="aligning", mininterval=1)
+        found["colours"] = torch.cat([mapper(as_input(x, device)).cpu() for x, _ in views])
+    return found
 
 
 def distill(teacher, student, pool, size, cfg=None):

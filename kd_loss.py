@@ -11,8 +11,8 @@ Equation
     pairwise     mean over regions i, j of (cos(s_i, s_j) - cos(t_i, t_j))^2,  s_i, t_i in R^K
 
 Paper
-    DFSS (Sun & Wu, arXiv 2512.13175) does not publish its KD loss; pixelwise, the common choice, is
-    our default. pixelwise: Hinton et al., arXiv 1503.02531, at each pixel. channelwise: Shu et
+    DFSS (Sun & Wu, arXiv 2512.13175) does not publish its KD loss; our default is pixelwise plus
+    channelwise. pixelwise: Hinton et al., arXiv 1503.02531, at each pixel. channelwise: Shu et
     al. (CWD), arXiv 2011.13256. pairwise: Liu et al. (SKDS), arXiv 1903.04197, here on the logits
     and on a fixed grid of regions, so that the crop size does not matter.
 

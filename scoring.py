@@ -47,8 +47,8 @@ def store_path(teacher, layers, files, size, cfg):
             return str(path), 0, 0
 
     content = (fingerprint(teacher), type(teacher).__name__, list(layers), cfg.sampling, cfg.metric,
-               list(size), str(next(teacher.parameters()).device.type), torch.__version__,
-               [stamp(path) for path in files])
+               cfg.align == "transfer-first", list(size), torch.__version__,
+               next(teacher.parameters()).device.type, [stamp(path) for path in files])
     return STORE / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}.f32"
 
 
@@ -59,21 +59,22 @@ def read_rows(path, columns):
     return torch.from_numpy(rows.copy())
 
 
-def score(teacher, layers, files, size, cfg, part=None, store=None):
+def score(teacher, layers, files, size, cfg, part=None, store=None, prepare=None):
     """Return (scores (N, 2 or more) float32, reasons why files are left out).
 
     Column 0 is the distance, column 1 the shift (ads_sampler.mean_shift), the rest are features for
     herding. A file that cannot be read scores NaN. cfg: its sampling, metric and workers count.
     part: file to which batches are appended, and from which a scan goes on. store: file that keeps
-    finished scores (`store_path`); if it is there it is read and nothing is computed.
+    finished scores (`store_path`); if it is there it is read and nothing is computed. prepare: what
+    is done to the images (B, 3, H, W) before the teacher sees them, if anything.
     """
     device = next(iter(layers.values())).running_mean.device
     columns = 2 + FEATURES * (cfg.sampling == "herding")
 
     def score_batch(batch):
-        images, errors = batch
+        images, errors = as_input(batch[0], device), batch[1]
         with capture_bn_inputs(teacher, layers) as captured:
-            output = segmentation_logits(teacher, as_input(images, device))
+            output = segmentation_logits(teacher, prepare(images) if prepare else images)
         if cfg.sampling in PREDICTION_SCORES:
             distance = prediction_scores(output, cfg.sampling)                    # (B,)
         else:
@@ -106,3 +107,16 @@ def score(teacher, layers, files, size, cfg, part=None, store=None):
             part.unlink()
     bad = (~scores.isfinite().all(dim=1)).nonzero().squeeze(1).tolist()
     return scores, [pool[i][1] or f"{files[i]}: it could not be scored" for i in bad]
+
+
+def verdict(scores, chosen):
+    """Return a sentence: does this pool fit this teacher?
+
+    A rule of thumb from one teacher (results/pool_check.csv): CamVid's own training images lie at
+    0.2, the chosen of a mixed pool at 0.3, of landscapes only at 0.5, any photographs at 1.1.
+    """
+    near, whole = (float(s.square().nanmean().sqrt()) for s in (scores[chosen, 1], scores[:, 1]))
+    fits = "fits well" if near < 0.4 else "fits in part" if near < 0.7 else "hardly fits"
+    return (f"This pool {fits}: the chosen images lie {near:.2f} standard deviations from the "
+            f"teacher's channel means,\n            the whole pool {whole:.2f}; training images "
+            "lie below 0.3 or so. Look at the nearest, too.")

@@ -244,3 +244,12 @@ def test_on_the_command_line_an_error_is_one_line_and_exit_code_2(tmp_path):
 def test_the_cuda_path_runs_in_mixed_precision(world, tmp_path):
     metrics = run(world, "--device", "cuda", "--amp", "bfloat16", out=tmp_path / "a")
     assert 0 <= metrics["student_miou"] <= 1
+
+
+@pytest.mark.parametrize("align", ["transfer", "transfer-first", "fit"])
+def test_alignment_changes_the_student_but_not_the_teacher(world, tmp_path, align):
+    run(world, out=tmp_path / "plain")
+    run(world, "--align", align, out=tmp_path / "a")           # main compares the fingerprints
+    same_choice = chosen(tmp_path / "a") == chosen(tmp_path / "plain")
+    assert same_choice == (align != "transfer-first")
+    assert not identical(weights(tmp_path / "a"), weights(tmp_path / "plain"))

@@ -23,7 +23,7 @@ README = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 PROGRAMS = {"distill.py": distill, "train_teacher.py": train_teacher, "evaluate.py": evaluate,
             "experiments.compare": compare, "experiments.shuffle_tiles": shuffle_tiles}
-CONCEPTS = ("bn_stats", "ads_sampler", "priority", "kd_loss")
+CONCEPTS = ("bn_stats", "ads_sampler", "priority", "kd_loss", "alignment")
 
 
 def commands():
@@ -89,7 +89,8 @@ def test_a_concept_file_runs_its_demo_alone_with_torch_only(module, tmp_path):
     assert done.returncode == 0, done.stderr
     # The numbers of the docstring's worked example are printed.
     expected = {"bn_stats": ["10.000", "6.598", "3.656"], "ads_sampler": ["1.33", "0.00"],
-                "priority": ["2.98", "2.57"], "kd_loss": ["0.1212", "0.2747", "0.9375"]}[module]
+                "priority": ["2.98", "2.57"], "kd_loss": ["0.1212", "0.2747", "0.9375"],
+                "alignment": ["0.2", "0.6"]}[module]
     for number in expected:
         assert number in done.stdout
         assert number.rstrip("0").rstrip(".") in source.split('"""')[1]

@@ -1,0 +1,146 @@
+"""Can a wild photograph be made to look as if the private camera had taken it? Bend its colours.
+
+Idea
+    Much of what makes a photograph foreign to a teacher is its light and colour, not its content.
+    An affine map of the three colours, 12 numbers an image, changes these and leaves every edge
+    where it is. `transfer` needs no optimisation: the first BatchNorm layer behind a linear filter
+    gives away the mean and the covariance of the private colours, and each image is mapped to
+    them. `fit` searches the 12 numbers that bring an image nearest to the teacher's statistics.
+
+Equation
+    a constant colour x has the response r(x) = A x + b in the first layer, so
+    private mean        m* = argmin over m of || (A m + b - mu_bn) / s ||
+    private covariance  S* = argmin over S of sum over channels c of (a_c' S a_c / var_bn_c - 1)^2
+    transfer            y = T (x - m) + m*,  T = S^-1/2 (S^1/2 S* S^1/2)^1/2 S^-1/2
+    fit                 y = M x + o,  M and o by Adam on distance(y)
+
+Paper
+    None: this is ours, not DFSS's (Sun & Wu, arXiv 2512.13175). T is the linear Monge-Kantorovitch
+    map of colour transfer (Pitie & Kokaram, CVMP 2007).
+
+Symbols
+    B images, H W pixels, C channels.  x, y colours in [0, 1];  m (3,), S (3, 3): mean and
+    covariance of the colours of an image;  A (C, 3) with rows a_c, b (C,).
+    maps (B, 3, 4): [T | o], the matrix and the offset of each image.
+
+Worked example (grey values for colours; the demo prints it, a test asserts it)
+    a filter r(x) = 4 x - 1 with mu_bn = 0.6, var_bn = 0.64:  m* = 1.6 / 4 = 0.4,  S* = 0.04
+    an image of half 0.5 and half 0.7:  m = 0.6,  S = 0.01,  T = 0.2 / 0.1 = 2
+    y = 2 (x - 0.6) + 0.4:  0.5 becomes 0.2 and 0.7 becomes 0.6
+
+Use it
+    from alignment import apply_colours, colour_target, transfer
+    mean, cov = colour_target(response, bn.running_mean, bn.running_var, images.shape[-2:])
+    images = apply_colours(images, transfer(images, mean, cov))                   # (B, 3, H, W)
+
+Run it
+    python alignment.py         (CPU, a second: a filter's statistics give a camera's colours away)
+"""
+
+import torch
+
+
+def colour_target(response, mean_bn, var_bn, size):
+    """Return the mean (3,) and covariance (3, 3) of the private colours, read off one layer.
+
+    response: maps images (n, 3, H, W) in [0, 1] to the (n, C) mean of what enters a BatchNorm layer
+    behind nothing but linear filters, as a network's first is. mean_bn, var_bn (C,): that layer's
+    running statistics. Constant images show how it answers to colour; C must be at least 6. Filters
+    hardly see a shift by a pixel in most of an image, so their variance is taken to be that of the
+    colours; edge filters, which answer to no constant colour, say little either way.
+    """
+    grey, step = 0.5, 0.2
+    colours = grey + step * torch.cat([torch.zeros(1, 3), torch.eye(3)]).to(mean_bn)        # (4, 3)
+    answers = response(colours.view(4, 3, 1, 1).expand(4, 3, *size).contiguous())           # (4, C)
+    A = (answers[1:] - answers[0]).T / step                                                 # (C, 3)
+    s = var_bn.clamp_min(1e-12).sqrt()                                                      # (C,)
+    mean = grey + least_squares(A / s[:, None], (mean_bn - answers[0]) / s)                 # (3,)
+
+    # a' S a is linear in the six different entries of S; off the diagonal each occurs twice.
+    i, j = torch.triu_indices(3, 3, device=A.device)                                        # (6,)
+    products = A[:, i] * A[:, j] * torch.where(i == j, 1.0, 2.0)                            # (C, 6)
+    entries = least_squares(products / var_bn.clamp_min(1e-12)[:, None], torch.ones_like(s))
+    cov = A.new_zeros(3, 3)
+    cov[i, j] = cov[j, i] = entries
+    values, vectors = torch.linalg.eigh(cov)                    # rounding may leave negative ones
+    return mean, vectors @ values.clamp_min(0).diag() @ vectors.T
+
+
+def least_squares(matrix, vector):
+    """Return argmin over x of || matrix x - vector ||: (C, n), (C,) -> (n,), in float64 inside."""
+    return (torch.linalg.pinv(matrix.double()) @ vector.double()).to(matrix.dtype)
+
+
+def square_root(matrices, power=0.5):
+    """Return symmetric positive matrices (..., 3, 3) to a power."""
+    values, vectors = torch.linalg.eigh(matrices)
+    return vectors @ (values.clamp_min(1e-15) ** power).diag_embed() @ vectors.mT
+
+
+def transfer(images, mean, cov, floor=1e-3):
+    """Return the maps that give each image the colours `mean` (3,) and `cov` (3, 3): (B, 3, 4).
+
+    images: (B, 3, H, W). floor is added to both covariances: it bounds how much the contrast of a
+    flat image, or of a hue that it hardly has, is raised.
+    """
+    pixels = images.double().flatten(2)                                             # (B, 3, HW)
+    m = pixels.mean(dim=2, keepdim=True)                                            # (B, 3, 1)
+    mean, cov = mean.double(), cov.double()
+    eye = floor * torch.eye(3, device=images.device, dtype=torch.float64)
+    S = (pixels - m) @ (pixels - m).mT / pixels.shape[2] + eye                      # (B, 3, 3)
+    half, inverse = square_root(S), square_root(S, -0.5)
+    T = inverse @ square_root(half @ (cov + eye) @ half) @ inverse                  # (B, 3, 3)
+    return torch.cat([T, mean.view(1, 3, 1) - T @ m], dim=2).float()
+
+
+def fit(images, distance, steps=20, lr=0.02):
+    """Return the maps that bring each image nearest in `distance`: (B, 3, H, W) -> (B, 3, 4).
+
+    distance: maps images to (B,), differentiable, for example bn_stats.bn_distance summed over
+    early layers, by "kl". Starts with the colours as they are; what is returned is the nearest map
+    met on the way, so that no image ends farther than it began.
+    """
+    maps = torch.eye(3, 4, device=images.device).repeat(len(images), 1, 1)
+    best, lowest = maps.clone(), torch.full((len(images),), torch.inf, device=images.device)
+    maps.requires_grad_()
+    optimiser = torch.optim.Adam([maps], lr)
+    for _ in range(steps + 1):
+        with torch.enable_grad():
+            d = distance(apply_colours(images, maps))                               # (B,)
+            gradient = torch.autograd.grad(d.sum(), maps)[0]
+        better = d.detach() < lowest
+        best[better], lowest[better] = maps.detach()[better], d.detach()[better]
+        maps.grad = gradient
+        optimiser.step()
+    return best
+
+
+def apply_colours(images, maps):
+    """Return the images with their colours mapped, cut to [0, 1]: (B, 3, H, W), (B, 3, 4)."""
+    matrix, offset = maps[:, :, :3], maps[:, :, 3]
+    return (torch.einsum("bij,bjhw->bihw", matrix, images) + offset[..., None, None]).clamp(0, 1)
+
+
+def demo():
+    """Print the worked example, then read a camera's colours off a random filter bank."""
+    image = torch.tensor([0.5, 0.7]).view(1, 1, 1, 2).expand(1, 3, 1, 2)
+    grey = torch.ones(3, 3) * 0.04                                  # all colours vary together
+    maps = transfer(image, torch.full((3,), 0.4), grey, floor=1e-9)
+    print("Worked example:", [round(v, 3) for v in apply_colours(image, maps)[0, 0, 0].tolist()])
+
+    generator = torch.Generator().manual_seed(0)
+    cast = torch.tensor([[0.16, 0, 0], [0.10, 0.08, 0], [0.06, 0.06, 0.05]])
+    truth = torch.tensor([0.6, 0.45, 0.3])
+    pixels = truth + torch.randn(4096, 3, generator=generator) @ cast.T              # a warm camera
+    A, b = torch.randn(16, 3, generator=generator), torch.randn(16, generator=generator)
+    answers = pixels @ A.T + b
+    mean, cov = colour_target(lambda x: x.mean(dim=(2, 3)) @ A.T + b, answers.mean(dim=0),
+                              answers.var(dim=0, unbiased=False), (4, 4))
+    print("\nA warm camera, and what 16 running means and variances tell of it:")
+    for name, m, S in (("true", pixels.mean(dim=0), torch.cov(pixels.T)), ("read", mean, cov)):
+        print(f"    {name}   mean {[f'{v:.3f}' for v in m]}   standard deviation "
+              f"{[f'{v:.3f}' for v in S.diagonal().sqrt()]}")
+
+
+if __name__ == "__main__":
+    demo()

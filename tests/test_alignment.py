@@ -1,0 +1,112 @@
+"""alignment: colours read off a layer, exact transfer, a fit that never makes it worse."""
+
+import pytest
+import torch
+from torch import nn
+
+import alignment
+from alignment import apply_colours, colour_target, fit, transfer
+from bn_stats import bn_distance, bn_layers, capture_bn_inputs
+from conftest import with_random_statistics
+from models import build_model
+
+
+@pytest.fixture
+def images():
+    """Return 5 images whose three colours are correlated, well inside [0, 1]."""
+    torch.manual_seed(0)
+    mix = torch.tensor([[1.0, 0.4, 0.2], [0.0, 0.8, 0.3], [0.0, 0.0, 0.5]])
+    return 0.5 + 0.05 * torch.einsum("ij,bjhw->bihw", mix, torch.randn(5, 3, 24, 32))
+
+
+def moments(images):
+    pixels = images.double().flatten(2)
+    mean = pixels.mean(dim=2)
+    centred = pixels - mean[..., None]
+    return mean, centred @ centred.mT / pixels.shape[2]
+
+
+def test_the_worked_example():
+    image = torch.tensor([0.5, 0.7]).view(1, 1, 1, 2).expand(1, 3, 1, 2)
+    maps = transfer(image, torch.full((3,), 0.4), torch.full((3, 3), 0.04), floor=1e-9)
+    torch.testing.assert_close(apply_colours(image, maps)[0, :, 0],
+                               torch.tensor([[0.2, 0.6]] * 3), atol=1e-3, rtol=0)
+
+
+def test_the_colours_of_the_private_images_are_read_off_a_pointwise_filter(images):
+    torch.manual_seed(1)
+    filters = nn.Conv2d(3, 16, 1)
+    with torch.no_grad():
+        maps = filters(images).permute(1, 0, 2, 3).flatten(1)                       # (16, N)
+        mean, cov = colour_target(lambda x: filters(x).mean(dim=(2, 3)), maps.mean(dim=1),
+                                  maps.var(dim=1, unbiased=False), (8, 8))
+    pixels = images.permute(1, 0, 2, 3).flatten(1)
+    torch.testing.assert_close(mean, pixels.mean(dim=1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(cov, torch.cov(pixels), atol=1e-4, rtol=1e-2)
+
+
+def test_transfer_gives_exactly_the_asked_mean_and_covariance(images):
+    mean = torch.tensor([0.4, 0.5, 0.6])
+    cov = torch.tensor([[0.004, 0.002, 0.001], [0.002, 0.003, 0.001], [0.001, 0.001, 0.002]])
+    maps = transfer(images, mean, cov, floor=0.0)
+    mapped = torch.einsum("bij,bjhw->bihw", maps[:, :, :3], images) + maps[:, :, 3, None, None]
+    got_mean, got_cov = moments(mapped)
+    torch.testing.assert_close(got_mean, mean.double().expand(5, 3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(got_cov, cov.double().expand(5, 3, 3), atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(maps[:, :, :3], maps[:, :, :3].mT, atol=1e-4, rtol=1e-4)
+
+
+def test_images_that_have_the_target_colours_stay_as_they_are(images):
+    mean, cov = (m[0].float() for m in moments(images[:1]))
+    maps = transfer(images[:1], mean, cov)
+    torch.testing.assert_close(maps, torch.eye(3, 4)[None], atol=1e-3, rtol=0)
+
+
+def test_a_flat_image_gets_the_mean_and_a_bounded_gain():
+    flat = torch.full((1, 3, 8, 8), 0.9)
+    maps = transfer(flat, torch.full((3,), 0.4), 0.08 * torch.eye(3))
+    assert maps.isfinite().all() and maps[:, :, :3].abs().max() < 10
+    torch.testing.assert_close(apply_colours(flat, maps), torch.full_like(flat, 0.4))
+
+
+def test_an_image_is_mapped_alike_in_any_company(images):
+    mean, cov = torch.full((3,), 0.5), 0.01 * torch.eye(3)
+    together = transfer(images, mean, cov)
+    alone = torch.cat([transfer(image[None], mean, cov) for image in images])
+    torch.testing.assert_close(together, alone)
+
+
+def test_apply_keeps_to_the_range_and_the_identity_changes_nothing(images):
+    same = torch.eye(3, 4).repeat(5, 1, 1)
+    assert torch.equal(apply_colours(images, same), images)
+    bright = same.clone()
+    bright[:, :, 3] = 2.0
+    assert torch.equal(apply_colours(images, bright), torch.ones_like(images))
+
+
+def test_fit_brings_every_image_nearer_and_leaves_the_teacher_alone(images):
+    teacher = with_random_statistics(build_model("resnet_tiny", 4)).requires_grad_(False)
+    layers = dict(list(bn_layers(teacher).items())[:3])
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+
+    def distance(x):
+        with capture_bn_inputs(teacher, layers) as captured:
+            teacher(x)
+        return bn_distance(captured, layers, "kl").sum(dim=1)
+
+    maps = fit(images, distance, steps=10)
+    near, far = distance(apply_colours(images, maps)), distance(images)
+    assert (near < far).all() and not maps.requires_grad
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    alone = fit(images[:1], distance, steps=10)
+    torch.testing.assert_close(alone, maps[:1], atol=1e-3, rtol=1e-3)
+
+
+def test_fit_never_ends_farther_than_it_began(images):
+    maps = fit(images, lambda x: (x - images).square().mean(dim=(1, 2, 3)), steps=5, lr=0.5)
+    assert torch.equal(maps, torch.eye(3, 4).repeat(5, 1, 1))
+
+
+def test_the_demo_prints_the_worked_example(capsys):
+    alignment.demo()
+    assert "[0.2, 0.6]" in capsys.readouterr().out
