@@ -27,19 +27,26 @@ from checkpoint import save_json
 from options import one_sentence, option, parse
 
 UNIFORM = "--schedule uniform"
-# The first row of a preset is the one that the others are compared with.
+RANDOM, CONFIDENCE = f"--sampling random {UNIFORM}", f"--sampling confidence {UNIFORM}"
+# The first row of a preset is the one that the others are compared with. {data_root} is the
+# folder that the common options name.
 PRESETS = {
-    "ladder": {"random": f"--sampling random {UNIFORM}",
+    "headline": {"random": RANDOM,
+                 "confidence": CONFIDENCE,
+                 "nearest (ADS)": UNIFORM,
+                 "nearest, progressive weights (DFSS)": "",
+                 "original images": f"--pool {{data_root}}/train --budget 0 {UNIFORM}"},
+    "ladder": {"random": RANDOM,
+               "confidence, progressive weights": "--sampling confidence",
                "nearest (ADS)": UNIFORM,
                "nearest, fixed weights": "--schedule fixed",
-               "nearest, progressive weights (DFSS)": ""},
-    "headline": {"random": f"--sampling random {UNIFORM}",
-                 "nearest, progressive weights (DFSS)": ""},
-    "scenes": {"random": f"--sampling random {UNIFORM}",
+               "nearest, progressive weights (DFSS)": "",
+               "the whole pool": f"--budget 0 {UNIFORM}"},
+    "scenes": {"random": RANDOM,
                "nearest, progressive weights (DFSS)": "",
                "the same by kl distance": "--metric kl"},
-    "metrics": {"random": f"--sampling random {UNIFORM}",
-                "confidence": f"--sampling confidence {UNIFORM}",
+    "metrics": {"random": RANDOM,
+                "confidence": CONFIDENCE,
                 "l2, all layers (ADS)": UNIFORM,
                 "standardised, all layers": f"--metric standardised {UNIFORM}",
                 "kl, all layers": f"--metric kl {UNIFORM}",
@@ -48,6 +55,27 @@ PRESETS = {
     # The pools are written by experiments.shuffle_tiles from one and the same choice.
     "structure": {"whole scenes": f"--pool runs/whole --budget 0 {UNIFORM}",
                   "4x4 tiles, shuffled": f"--pool runs/tiles --budget 0 {UNIFORM}"},
+    "alignment": {"random": RANDOM,
+                  "random, colours transferred": f"{RANDOM} --align transfer",
+                  "random, colours fitted": f"{RANDOM} --align fit",
+                  "nearest (ADS)": UNIFORM,
+                  "nearest, colours transferred": f"{UNIFORM} --align transfer",
+                  "nearest, colours fitted": f"{UNIFORM} --align fit",
+                  "transferred, then nearest": f"{UNIFORM} --align transfer-first"},
+    "budget": {f"{name}, {budget} files": f"{words} --budget {budget}" for budget in
+               (50, 100, 200, 800) for name, words in (("random", RANDOM), ("nearest", UNIFORM))},
+    "timing": {f"{name} weights, {steps} updates": f"{words} --steps {steps}"
+               for steps in (150, 300, 450, 600) for name, words in
+               (("uniform", UNIFORM), ("fixed", "--schedule fixed"), ("progressive", ""))},
+    "losses": {"random": RANDOM,
+               "pixelwise": f"{RANDOM} --kd pixelwise",
+               "channelwise": f"{RANDOM} --kd channelwise",
+               "all three": f"{RANDOM} --kd pixelwise+channelwise+pairwise"},
+    "ablation": {"nearest (ADS)": UNIFORM,
+                 "herding": f"--sampling herding {UNIFORM}",
+                 "entropy": f"--sampling entropy {UNIFORM}",
+                 "progressive, weights by rank": "--weighting rank",
+                 "progressive, cosine": "--schedule cosine"},
 }
 # Two-sided 95 % quantiles of Student's t for n paired differences (n - 1 degrees of freedom).
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
@@ -92,7 +120,9 @@ def picks(folder, pool):
 
 def collect(cfg):
     """Run all rows and seeds; return the record."""
-    rows = {name: shlex.split(cfg.common) + shlex.split(words)
+    common = shlex.split(cfg.common)
+    root = common[common.index("--data-root") + 1] if "--data-root" in common else ""
+    rows = {name: common + shlex.split(words.replace("{data_root}", root))
             for name, words in PRESETS[cfg.preset].items()}
     jobs = [(name, seed) for seed in range(cfg.seeds) for name in rows]
 
@@ -107,13 +137,27 @@ def collect(cfg):
                                            "pool_images", "selected_images", "updates", "seconds",
                                            "environment")}, "picks": counts}, set(map(str, files))
 
-    with ThreadPoolExecutor(cfg.jobs) as pool:
-        results = list(pool.map(work, jobs))
-    chosen = {run["row"]: files for run, files in results if run["seed"] == 0}
-    overlap = {a: {b: len(chosen[a] & chosen[b]) for b in chosen} for a in chosen}
+    runs, chosen = [], {}
     # Folders differ from machine to machine; their last part says what they hold.
-    common = [Path(word).name if "/" in word else word for word in shlex.split(cfg.common)]
-    return {"common": " ".join(common), "runs": [run for run, _ in results], "overlap": overlap}
+    said = " ".join(Path(word).name if "/" in word else word for word in common)
+    with ThreadPoolExecutor(cfg.jobs) as pool:
+        for run, files in pool.map(work, jobs):
+            runs.append(run)
+            if run["seed"] == 0:
+                chosen[run["row"]] = files
+            overlap = {a: {b: len(chosen[a] & chosen[b]) for b in chosen} for a in chosen}
+            record = {"common": said, "runs": runs, "overlap": overlap}
+            save_json(record, cfg.out)                      # what is done is not lost
+    return record
+
+
+def paired(by_seed, reference):
+    """Return 'mean ± half of the 95 % interval' of the differences between paired seeds."""
+    both = [by_seed[seed] - reference[seed] for seed in by_seed if seed in reference]
+    if by_seed is reference or len(both) < 2:
+        return ""
+    half = T95[len(both)] * statistics.stdev(both) / len(both) ** 0.5
+    return f"{statistics.mean(both):+.1f} ± {half:.1f}"
 
 
 def table(record):
@@ -121,32 +165,32 @@ def table(record):
     scores = {}
     for run in record["runs"]:
         scores.setdefault(run["row"], {})[run["seed"]] = 100 * run["student_miou"]
-    first = next(iter(scores.values()))
-    lines = [f"| row (seeds: {len(first)}) | mIoU % | difference to the first row, 95 % interval "
-             "| chosen |", "|---|---|---|---|"]
+    first, confidence = next(iter(scores.values())), scores.get("confidence")
+    original = scores.get("original images")
+    header = [f"row (seeds: {len(first)})", "mIoU %",
+              "difference to the first row, 95 % interval"]
+    header += ["to confidence"] * bool(confidence) + ["of original, %"] * bool(original)
+    lines = []
     for name, by_seed in scores.items():
         values = list(by_seed.values())
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        paired = [by_seed[seed] - first[seed] for seed in by_seed]
-        difference = ""
-        if by_seed is not first and len(paired) > 1:
-            half = T95[len(paired)] * statistics.stdev(paired) / len(paired) ** 0.5
-            difference = f"{statistics.mean(paired):+.1f} ± {half:.1f}"
+        cells = [name, f"{statistics.mean(values):.1f}{spread}", paired(by_seed, first)]
+        if confidence:
+            cells.append(paired(by_seed, confidence))
+        if original:
+            kept = [100 * by_seed[seed] / original[seed] for seed in by_seed if seed in original]
+            cells.append(f"{statistics.mean(kept):.0f}" if kept else "")
         kinds = next(run["picks"] for run in record["runs"] if run["row"] == name)
-        shares = ", ".join(f"{kind} {n}" for kind, n in Counter(kinds).most_common(5))
-        mean = f"{statistics.mean(values):.1f}{spread}"
-        lines.append(f"| {name} | {mean} | {difference} | {shares} |")
-    return "\n".join(lines)
+        cells.append(", ".join(f"{kind} {n}" for kind, n in Counter(kinds).most_common(5)))
+        lines.append("| " + " | ".join(cells) + " |")
+    header.append("chosen")
+    return "\n".join(["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *lines])
 
 
 def main(argv=None):
     """Run a preset, write its record, print its table; return the record."""
     cfg = parse(Config, argv, "Compare methods over seeds; every row is a line of distill.py.")
-    if cfg.table:
-        record = json.loads(Path(cfg.table).read_text())
-    else:
-        record = collect(cfg)
-        save_json(record, cfg.out)
+    record = json.loads(Path(cfg.table).read_text()) if cfg.table else collect(cfg)
     print(table(record))
     return record
 

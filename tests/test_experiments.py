@@ -1,9 +1,13 @@
 """experiments: the table's arithmetic by hand, and tiles that are all there."""
 
+import shlex
+
 import torch
 
-from experiments.compare import table
+import distill
+from experiments.compare import PRESETS, table
 from experiments.shuffle_tiles import shuffle_tiles
+from options import parse
 
 
 def runs(row, values):
@@ -17,6 +21,23 @@ def test_the_table_gives_mean_deviation_and_the_paired_interval():
     assert lines[2] == "| random | 32.0 ± 2.0 |  | sea 3, hills 1 |"
     # Differences 3, 4, 5: mean 4, deviation 1, half-width 4.303 / sqrt(3) = 2.48.
     assert lines[3] == "| nearest | 36.0 ± 3.0 | +4.0 ± 2.5 | sea 3, hills 1 |"
+
+
+def test_the_table_compares_with_confidence_and_with_the_original_images():
+    record = {"runs": runs("random", [30, 32]) + runs("confidence", [29, 33])
+              + runs("nearest", [33, 36]) + runs("original images", [44, 48])}
+    header, _, _, confidence, nearest, original = table(record).split("\n")
+    assert header.split(" | ")[3:5] == ["to confidence", "of original, %"]
+    assert confidence.split(" | ")[3:5] == ["", "67"]                 # 29/44 and 33/48
+    # To confidence: 4 and 3, mean 3.5, half-width 12.706 * 0.7071 / sqrt(2) = 6.35.
+    assert nearest.split(" | ")[3:5] == ["+3.5 ± 6.4", "75"]
+    assert original.split(" | ")[4] == "100"
+
+
+def test_every_row_of_every_preset_is_a_line_of_distill():
+    for rows in PRESETS.values():
+        for words in rows.values():
+            parse(distill.Config, shlex.split(words), "")
 
 
 def test_shuffled_tiles_are_a_permutation_of_whole_tiles():
