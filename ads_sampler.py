@@ -1,22 +1,24 @@
 """Which images of a wild pool should a student learn from? Those that look like the private data.
 
 Idea
-    Approximate Distribution Sampling (ADS): give every image of the pool a distance to the
-    teacher's training data (bn_stats.py measures one) and keep the nearest. The kept images
-    approximate the training distribution. The teacher's predictions, confidently wrong on foreign
-    images, are never asked.
+    A small network, the student, is to learn from a trained one, the teacher. The teacher's own
+    training images are private; there is only a pool of unlabelled pictures from anywhere.
+    Approximate Distribution Sampling (ADS) gives every image of the pool a distance to the
+    teacher's training data (bn_stats.py measures one) and keeps the nearest. The teacher's
+    predictions, confidently wrong on foreign images, are never asked.
 
 Equation
     nearest   S = the `budget` images of smallest d(x)
     herding   S grows one image at a time:  x_t = argmin over x of || (sum over S of f) + f(x) ||_2
-              f(x) = [(mu - mu_bn) / s,  (var + (mu - mu_bn)^2) / s2 - 1], for every layer
+              f(x) = [(mu - mu_bn) / s,  (var - var_bn + (mu - mu_bn)^2) / s2], each layer
 
 Paper
     DFSS (Sun & Wu, arXiv 2512.13175) keeps the images that reflect the training distribution best
     by d: "nearest". How many, and from which pool, is not public. "herding" (after Welling, ICML
-    2009) is ours. A running variance is the variance within images plus the variance between
-    them, so the best set is not the set of the best images. Averaged over the real training
-    images f is 0; herding looks for a set that averages 0 too.
+    2009) is ours: a running variance is the variance within images plus the variance of their
+    means. A set of images that all sit on the mean has none of the latter, so the best set is not
+    the set of the best images. Averaged over the real training images f is 0; herding looks for a
+    set that averages 0 too.
 
 Symbols
     N pool images, B images of a batch, D features.  d (N,): distances, smaller is better.
@@ -31,6 +33,7 @@ Use it
     from ads_sampler import sample, score_pool
     distances = score_pool(lambda images: image_distances(teacher, images), loader)      # (N,)
     chosen = sample(distances, budget=400)                                       # (400,) indices
+    chosen = sample(distances, 400, "herding", features)    # (N, D), of `moment_features`
 
 Run it
     python ads_sampler.py       (CPU, a second: nearest against herding on a toy pool)
@@ -66,17 +69,17 @@ def moment_features(captured, layers, dim=512, seed=0):
     """Return f(x), what each image adds to the moments of a set it joins: (B, dim), float32.
 
     captured, layers: as in bn_stats.bn_distance, {name: (mean, var)} and {name: BatchNorm module}.
-    Each layer's block is divided by the square root of its length, so that every layer counts
-    alike. A DeepLabV3 has 54,000 such numbers, too many to keep for a large pool: each is
-    multiplied by a random sign and added to one of `dim` random slots (a count sketch; Charikar
-    et al., 2002), which keeps lengths and sums, fixed by `seed`.
+    Each layer's block is divided by the square root of its number of entries: layers count alike.
+    A DeepLabV3 has over 50,000 such numbers, too many to keep for a large pool: each is multiplied
+    by a random sign and added to one of `dim` random slots (a count sketch; Charikar et al.,
+    2002), fixed by `seed`. Sketches add up exactly; norms are kept on average.
     """
     blocks = []
     for name, (mean, var) in captured.items():
         mean_bn, var_bn = layers[name].running_mean.float(), layers[name].running_var.float()
         s2 = var_bn + layers[name].eps                                                    # (C,)
         first = (mean - mean_bn) / s2.sqrt()                                              # (B, C)
-        second = (var + (mean - mean_bn).square()) / s2 - 1                               # (B, C)
+        second = (var - var_bn + (mean - mean_bn).square()) / s2                          # (B, C)
         blocks.append(torch.cat([first, second], dim=1) / (2 * mean.shape[1]) ** 0.5)     # (B, 2C)
     features = torch.cat(blocks, dim=1)
     generator = torch.Generator().manual_seed(seed)

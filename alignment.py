@@ -6,12 +6,15 @@ Idea
     where it is. `transfer` needs no optimisation: the first BatchNorm layer behind a linear filter
     gives away the mean and the covariance of the private colours, and each image is mapped to
     them. `fit` searches the 12 numbers that bring an image nearest to the teacher's statistics.
+    (The covariance also holds what differs from one private image to the next, so that a
+    transferred image has a little more contrast than most private ones.)
 
 Equation
     a constant colour x has the response r(x) = A x + b in the first layer, so
     private mean        m* = argmin over m of || (A m + b - mu_bn) / s ||
     private covariance  S* = argmin over S of sum over channels c of (a_c' S a_c / var_bn_c - 1)^2
     transfer            y = T (x - m) + m*,  T = S^-1/2 (S^1/2 S* S^1/2)^1/2 S^-1/2
+                        (a small number is added to the diagonals of S and S*)
     fit                 y = M x + o,  M and o by Adam on distance(y)
 
 Paper
@@ -20,16 +23,19 @@ Paper
 
 Symbols
     B images, H W pixels, C channels.  x, y colours in [0, 1];  m (3,), S (3, 3): mean and
-    covariance of the colours of an image;  A (C, 3) with rows a_c, b (C,).
-    maps (B, 3, 4): [T | o], the matrix and the offset of each image.
+    covariance of the colours of an image, m* and S* those of the private images.
+    mu_bn, var_bn (C,): running mean and variance of the first BatchNorm layer;  s = sqrt(var_bn).
+    A (C, 3) with rows a_c, b (C,);  ' transposes.  maps (B, 3, 4): a matrix and an offset each.
 
-Worked example (grey values for colours; the demo prints it, a test asserts it)
+Worked example (grey values for colours, floor 0; the demo prints the last line, a test asserts it)
     a filter r(x) = 4 x - 1 with mu_bn = 0.6, var_bn = 0.64:  m* = 1.6 / 4 = 0.4,  S* = 0.04
     an image of half 0.5 and half 0.7:  m = 0.6,  S = 0.01,  T = 0.2 / 0.1 = 2
     y = 2 (x - 0.6) + 0.4:  0.5 becomes 0.2 and 0.7 becomes 0.6
 
 Use it
     from alignment import apply_colours, colour_target, transfer
+    def response(x):                                     # images in [0, 1] -> (n, C), for a ResNet
+        return teacher.conv1(normalise(x)).mean(dim=(2, 3))         # bn = teacher.bn1 comes next
     mean, cov = colour_target(response, bn.running_mean, bn.running_var, images.shape[-2:])
     images = apply_colours(images, transfer(images, mean, cov))                   # (B, 3, H, W)
 
@@ -45,9 +51,10 @@ def colour_target(response, mean_bn, var_bn, size):
 
     response: maps images (n, 3, H, W) in [0, 1] to the (n, C) mean of what enters a BatchNorm layer
     behind nothing but linear filters, as a network's first is. mean_bn, var_bn (C,): that layer's
-    running statistics. Constant images show how it answers to colour; C must be at least 6. Filters
-    hardly see a shift by a pixel in most of an image, so their variance is taken to be that of the
-    colours; edge filters, which answer to no constant colour, say little either way.
+    running statistics. size (H, W): of the constant images that show how it answers to colour.
+    Neighbouring pixels are nearly alike, so nearly everywhere a filter answers as to a constant
+    colour, A x + b, and its variance is taken to be a' S a: exact for 1x1 filters, as in the demo,
+    an approximation for others. Edge filters (a = 0) tell nothing. C must be at least 6.
     """
     grey, step = 0.5, 0.2
     colours = grey + step * torch.cat([torch.zeros(1, 3), torch.eye(3)]).to(mean_bn)        # (4, 3)
@@ -62,7 +69,7 @@ def colour_target(response, mean_bn, var_bn, size):
     entries = least_squares(products / var_bn.clamp_min(1e-12)[:, None], torch.ones_like(s))
     cov = A.new_zeros(3, 3)
     cov[i, j] = cov[j, i] = entries
-    values, vectors = torch.linalg.eigh(cov)                    # rounding may leave negative ones
+    values, vectors = torch.linalg.eigh(cov)              # least squares may leave some negative
     return mean, vectors @ values.clamp_min(0).diag() @ vectors.T
 
 
@@ -96,15 +103,15 @@ def transfer(images, mean, cov, floor=1e-3):
 def fit(images, distance, steps=20, lr=0.02):
     """Return the maps that bring each image nearest in `distance`: (B, 3, H, W) -> (B, 3, 4).
 
-    distance: maps images to (B,), differentiable, for example bn_stats.bn_distance summed over
-    early layers, by "kl". Starts with the colours as they are; what is returned is the nearest map
-    met on the way, so that no image ends farther than it began.
+    distance: maps images in [0, 1] to (B,), differentiable, and normalises them itself; for example
+    bn_stats.bn_distance summed over early layers, by "kl". Starts with the colours as they are;
+    what is returned is the nearest map met on the way: no image ends farther than it began.
     """
     maps = torch.eye(3, 4, device=images.device).repeat(len(images), 1, 1)
     best, lowest = maps.clone(), torch.full((len(images),), torch.inf, device=images.device)
     maps.requires_grad_()
     optimiser = torch.optim.Adam([maps], lr)
-    for _ in range(steps + 1):
+    for _ in range(steps + 1):                                  # the start is looked at, too
         with torch.enable_grad():
             d = distance(apply_colours(images, maps))                               # (B,)
             gradient = torch.autograd.grad(d.sum(), maps)[0]

@@ -1,14 +1,17 @@
 """How does a student learn from a teacher's logits? Three ways to compare two segmentation outputs.
 
 Idea
-    The teacher's logits say more than a mask: how sure it is, what it confuses, where an object's
-    response ends. Each loss here compares another aspect of them: every pixel by itself, every
-    class's response over space, or the relations between regions.
+    A small network, the student, learns to give the outputs (logits) of a trained one, the teacher.
+    The teacher's logits say more than its decision for each pixel: how sure it is, what it
+    confuses, how a class's response falls off around an object. Each loss here compares another
+    aspect of them: every pixel by itself, every class's response over space, or the relations
+    between regions.
 
 Equation
-    pixelwise    T^2 mean over pixels of sum over k of t log(t / s),    s, t = softmax over classes
-    channelwise  T^2 mean over k of sum over pixels of t log(t / s),    s, t = softmax over pixels
-    pairwise     mean over regions i, j of (cos(s_i, s_j) - cos(t_i, t_j))^2,  s_i, t_i in R^K
+    pixelwise    T^2 mean over pixels of sum over k of t log(t / s),  s, t = softmax_k(logits / T)
+    channelwise  T^2 mean over k of sum over pixels of t log(t / s),  s, t = softmax_hw(logits / T)
+    pairwise     mean over regions i, j of (cos(s_i, s_j) - cos(t_i, t_j))^2
+                 s_i, t_i (K,): the logits averaged over region i, without softmax
 
 Paper
     DFSS (Sun & Wu, arXiv 2512.13175) does not publish its KD loss; our default is pixelwise plus
@@ -17,7 +20,8 @@ Paper
     and on a fixed grid of regions, so that the crop size does not matter.
 
 Symbols
-    B images, K classes, H W pixels, T temperature, s / t student / teacher.
+    B images, K classes, H W pixels, s / t student / teacher.  T temperature: above 1 it softens
+    both outputs, so that the smaller probabilities count for more.
 
 Worked example (K = 2 classes, 2x2 pixels, T = 1; the demo prints it, a test asserts it)
     teacher logits  class 0: ln 3 everywhere,  class 1: 0        -> 3/4 and 1/4 at each pixel
@@ -69,17 +73,18 @@ def pixelwise_kd(student_logits, teacher_logits, temperature=1.0):
     # the loss would grow with the crop size.
     kl = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim=1)        # (B, H, W)
 
-    # Softening by T shrinks the gradient by about 1/T^2; T^2 undoes it, so that changing T does
-    # not silently change the learning rate.
+    # Softening by T shrinks the gradient to about 1/T^2 of itself; T^2 undoes it, so that changing
+    # T does not silently change the learning rate.
     return T ** 2 * kl.mean(dim=(1, 2))                              # (B,)
 
 
 def channelwise_kd(student_logits, teacher_logits, temperature=4.0):
     """Return KL between each class's response over space, averaged over classes: -> (B,).
 
-    (B, K, H, W) twice. Softmax runs over the H W pixels of one class: the loss asks where a class
-    responds, not how strongly, so rare classes count as much as common ones. CWD's formula
-    (reference: sum / (B K), times T^2) without its mean over B. Errors as in `pixelwise_kd`.
+    (B, K, H, W) twice. Softmax runs over the H W pixels of one class: a constant added to a class
+    cancels, its contrast over space does not; rare classes count as much as common ones. CWD's
+    formula (reference: sum / (B K), times T^2) without its mean over B. Errors as in
+    `pixelwise_kd`.
     """
     s, t = as_float(student_logits, teacher_logits)
     T = temperature
@@ -128,8 +133,9 @@ def demo():
     for name, student in students.items():
         row = [abs(f(student, teacher).item()) for f in (pixelwise_kd, channelwise_kd, pairwise_kd)]
         print(f"{name:32s}" + "".join(f"{value:12.4f}" for value in row))
-    print("channelwise cannot see a class that is too strong everywhere, pairwise no exchange of\n"
-          "classes; pixelwise sees both, but counts every pixel alike, so large classes rule it.")
+    print("channelwise cannot see a class that is too strong everywhere; pairwise sees neither\n"
+          "exchanged classes nor half the sureness; pixelwise sees all four, but counts pixels alike,\n"
+          "so large classes rule it. Compare down a column only: T is 4 in channelwise, else 1.")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """In which order should a student learn? From the surest images first, from all of them in the end.
 
 Idea
-    Weighted Distribution Progressive Distillation (WDPD): turn the distances of the chosen images
-    into weights between 0 and 1, the nearest counting most, and let the weights relax to 1 as
-    training goes on. Early steps rely on images like the private data; late ones use everything.
+    A small network, the student, learns to imitate a trained one, the teacher, on images chosen for
+    their small distance to the teacher's training data. Weighted Distribution Progressive
+    Distillation (WDPD) turns these distances into weights between 0 and 1, the nearest counting
+    most, and lets the weights relax to 1 as training goes on. Early steps rely on the images most
+    like the private data; late ones use all.
 
 Equation
     w_i         = (max d - d_i) / (max d - min d)               "minmax": in [0, 1], nearest 1
+                  "rank": the same with the ranks 0 1 2 ... in place of the distances
     w_i(p)      = w_i + (1 - w_i) r(p)                          p: progress of training, 0 to 1
     r(p)        = p  "linear",   (1 - cos(pi p)) / 2  "cosine"
     loss(batch) = mean over batch of w_b(p) l_b  /  mean over all chosen images of w_i(p)
@@ -23,9 +26,9 @@ Symbols
 Worked example (the demo prints it, a test asserts it)
     d = 1  2  3  11:       minmax  w = 1  0.9  0.8  0,  at p = 0.5  w = 1  0.95  0.9  0.5
                            rank    w = 1  2/3  1/3  0
-    effective sample size  minmax 2.98 of 4,  rank 2.57 of 4
+    effective sample size  minmax 2.98 of 4,  rank 2.57 of 4   (at p = 0)
     with d = 1  2  3  101  minmax  w = 1  0.99  0.98  0: one outlier, and min-max calls the other
-                           three the same; rank does not move
+                           three nearly the same; rank does not move
 
 Use it
     from priority import progressive_weights, sample_weights, weighted_loss
@@ -86,8 +89,8 @@ def progressive_weights(weights, progress, schedule="linear"):
 def weighted_loss(losses, weights, mean_weight):
     """Return the loss of a batch, a scalar: (B,) losses, (B,) weights, mean weight of the set.
 
-    Divided by the mean over the whole chosen set, not over this batch: the expected size of a
-    step then stays that of uniform weights, so the learning rate keeps its meaning, while a batch
+    Divided by the mean over the whole chosen set, not over this batch: over an epoch the weights
+    then average 1, so the loss keeps its scale and the learning rate its meaning, while a batch
     of unreliable images still moves the student less than a batch of reliable ones.
     """
     return (weights * losses).mean() / mean_weight
@@ -112,13 +115,15 @@ def demo():
 
     # Nearest-first distances of a real selection look like this: a sharp start and a long plateau.
     d = torch.linspace(0.001, 0.999, 400).pow(0.3)
-    print("\nEffective sample size of 400 images as training goes on, linear schedule:")
+    print("\nEffective sample size of 400 images (401 with the outlier), linear schedule:")
     for name, distances in {"minmax": d, "minmax, one outlier": torch.cat([d, d[-1:] * 5]),
                             "rank, the same outlier": torch.cat([d, d[-1:] * 5])}.items():
         w = sample_weights(distances, name.split(",")[0])
         sizes = [effective_sample_size(progressive_weights(w, p)) for p in (0, 0.25, 0.5, 0.75, 1)]
         print(f"    {name:24s}" + "".join(f"{size:6.0f}" for size in sizes)
               + f"   median weight at the start {w.median():.2f}")
+    print("With the outlier min-max hardly weights at all (399 of 401 is nearly uniform); rank\n"
+          "still prefers the near images.")
 
 
 if __name__ == "__main__":
