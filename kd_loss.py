@@ -134,8 +134,8 @@ def demo():
         row = [abs(f(student, teacher).item()) for f in (pixelwise_kd, channelwise_kd, pairwise_kd)]
         print(f"{name:32s}" + "".join(f"{value:12.4f}" for value in row))
     print("channelwise cannot see a class that is too strong everywhere; pairwise sees neither\n"
-          "exchanged classes nor half the sureness; pixelwise sees all four, but counts pixels alike,\n"
-          "so large classes rule it. Compare down a column only: T is 4 in channelwise, else 1.")
+          "exchanged classes nor half the sureness; pixelwise sees all four, but counts pixels\n"
+          "alike, so large classes rule it. Compare down a column: T is 4 in channelwise, else 1.")
 
 
 if __name__ == "__main__":

@@ -117,3 +117,27 @@ def story(chosen, size, schedule, teacher, student, data, path):
     for part, (name, pictures) in zip(parts[3:], rows.items(), strict=True):
         strip(part, pictures, f"6  {name.capitalize()}" if name == "input" else name.capitalize())
     write(figure, path)
+
+
+def comparison(record, path):
+    """Write the figure of a record of experiments.compare: mIoU of each row, and what it picks."""
+    scores, picks = {}, {}
+    for run in record["runs"]:
+        scores.setdefault(run["row"], []).append(100 * run["student_miou"])
+        picks.setdefault(run["row"], run["picks"])
+    figure = Figure(figsize=(11, 1.2 + 0.42 * len(scores)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for y, (name, values) in enumerate(scores.items()):
+        left.barh(y, np.mean(values), color=BLUE if y else GREY, height=0.6)
+        left.plot(values, [y] * len(values), "o", color=ORANGE, ms=4)
+        total, start = sum(picks[name].values()), 0
+        for k, kind in enumerate(sorted({kind for p in picks.values() for kind in p})):
+            share = 100 * picks[name].get(kind, 0) / total
+            right.barh(y, share, left=start, color=f"C{k}", height=0.6, label=kind if not y else "")
+            start += share
+    left.set(xlabel="student mIoU % (dots: seeds)",
+             yticks=range(len(scores)), yticklabels=list(scores))
+    left.invert_yaxis()
+    right.set(xlabel="what it picks, % of the chosen files")
+    right.legend(frameon=False, fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+    write(figure, path)

@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import plots
 from checkpoint import save_json
 from options import one_sentence, option, parse
 
@@ -90,6 +91,7 @@ class Config:
     runs: str = option("runs/compare", "folder of the single runs")
     out: str = option("results/compare.json", "the record that the table is made from")
     table: str | None = option(None, "instead: print the table of this record")
+    figure: str | None = option(None, "and draw it here (PNG)")
 
 
 def run_once(words, folder):
@@ -192,6 +194,8 @@ def main(argv=None):
     cfg = parse(Config, argv, "Compare methods over seeds; every row is a line of distill.py.")
     record = json.loads(Path(cfg.table).read_text()) if cfg.table else collect(cfg)
     print(table(record))
+    if cfg.figure:
+        plots.comparison(record, cfg.figure)
     return record
 
 

@@ -3,8 +3,10 @@
 import shlex
 
 import torch
+from PIL import Image
 
 import distill
+import plots
 from experiments.compare import PRESETS, table
 from experiments.shuffle_tiles import shuffle_tiles
 from options import parse
@@ -32,6 +34,12 @@ def test_the_table_compares_with_confidence_and_with_the_original_images():
     # To confidence: 4 and 3, mean 3.5, half-width 12.706 * 0.7071 / sqrt(2) = 6.35.
     assert nearest.split(" | ")[3:5] == ["+3.5 ± 6.4", "75"]
     assert original.split(" | ")[4] == "100"
+
+
+def test_the_figure_is_drawn(tmp_path):
+    record = {"runs": runs("random", [30, 32]) + runs("nearest", [33, 36])}
+    plots.comparison(record, tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").width > 800
 
 
 def test_every_row_of_every_preset_is_a_line_of_distill():
