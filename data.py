@@ -14,6 +14,7 @@ Use it
     images, slots = batches[t]                # (B, 3, H, W) float in [0, 1], (B,) indices of files
 """
 
+import csv
 import os
 from pathlib import Path
 
@@ -46,8 +47,12 @@ DATASETS = {"scenes": (scenes.CLASSES, (64, 96)), "camvid": (CAMVID, (360, 480))
 def find_images(folder):
     """Return the image files anywhere below a folder, sorted. Links to folders are not followed.
 
-    Raises FileNotFoundError if there is no such folder or no image in it.
+    Instead of a folder: a CSV whose first column is `file`, such as a run's chosen.csv; its files
+    are returned in its order. Raises FileNotFoundError if there is no such folder or no image in
+    it, or if a listed file is missing; ValueError if the CSV has no such column.
     """
+    if str(folder).lower().endswith(".csv") and Path(folder).is_file():
+        return listed_images(folder)
     if not folder or not Path(folder).is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; expected a folder of images")
     found = sorted(Path(root) / name for root, _, names in os.walk(folder) for name in names
@@ -56,6 +61,20 @@ def find_images(folder):
         raise FileNotFoundError(f"no image below {folder}; expected files that end in "
                                 f"{', '.join(sorted(IMAGE_SUFFIXES))}")
     return found
+
+
+def listed_images(path):
+    """Return the files that the first column, `file`, of a CSV lists; see `find_images`."""
+    with open(path, newline="") as file:
+        rows = [row for row in csv.reader(file) if row]
+    if len(rows) < 2 or rows[0][0] != "file":
+        raise ValueError(f"{path} lists no images; expected a CSV whose first column is headed "
+                         "'file', such as a run's chosen.csv")
+    for name, *_ in rows[1:]:
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"{path} lists {name}, which is not there; a relative path "
+                                    "counts from the working folder")
+    return [Path(name) for name, *_ in rows[1:]]
 
 
 def load_image(path, at_least=None):

@@ -56,7 +56,7 @@ class Config:
     split: str = data("val", "part to evaluate on; 'val:A,B' keeps files that begin so")
     download: bool = data(False, "let torchvision fetch Pascal VOC")
     num_classes: int | None = data(None, "classes, for --dataset folder")
-    pool: str | None = data(None, "folder of unlabelled photographs, with all below it")
+    pool: str | None = data(None, "folder of unlabelled photographs, or a run's chosen.csv")
     teacher: str | None = nets(None, "teacher.pt of train_teacher.py")
     teacher_model: str | None = nets(None, "or a torchvision network", MODELS)
     teacher_weights: str | None = nets(None, "with its published weights: DEFAULT")
