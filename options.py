@@ -32,15 +32,20 @@ def parse(config_class, argv, description):
     parser = argparse.ArgumentParser(
         description=description, usage="%(prog)s [options]",
         formatter_class=partial(argparse.HelpFormatter, max_help_position=26, width=100))
-    groups = {"options": parser}                     # argparse's own heading, also over --help
+    groups, long = {"options": parser}, {}           # argparse's own heading, also over --help
     for f in fields(config_class):
         group = f.metadata["group"]
         groups[group] = groups.get(group) or parser.add_argument_group(group)
         kind = next(t for t in (typing.get_args(f.type) or [f.type]) if t is not type(None))
         choices = f.metadata["choices"]
+        flag = "--" + f.name.replace("_", "-")
         allowed = f" [{', '.join(choices)}]" if choices else ""
-        shown = "" if f.default is None or f.default is False else f" (default: {f.default})"
-        how = {"help": f.metadata["help"] + allowed + shown, "default": f.default}
+        if len(allowed) > 70:                               # once, below, for all that share it
+            long.setdefault(allowed, []).append(flag)
+            allowed = " [see below]"
+        unset = f.default in (None, "") or f.default is False
+        shown = "" if unset else f" (default: {f.default})"
+        how = {"help": (f.metadata["help"] + allowed + shown).strip(), "default": f.default}
         if kind is bool:
             how["action"] = "store_true"
         elif f.type == (tuple[int, int] | None):
@@ -48,7 +53,8 @@ def parse(config_class, argv, description):
         else:
             how |= {"type": kind, "choices": choices,
                     "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
-        groups[group].add_argument("--" + f.name.replace("_", "-"), **how)
+        groups[group].add_argument(flag, **how)
+    parser.epilog = "; ".join(f"{', '.join(flags)}: {names[2:-1]}" for names, flags in long.items())
     values = vars(parser.parse_args(argv))
     return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
