@@ -36,10 +36,14 @@ VOC = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "c
        "train", "tvmonitor")
 CITYSCAPES = tuple(c.name for c in torchvision.datasets.Cityscapes.classes
                    if c.train_id not in (-1, 255))
-# For each data set its class names (None: given by --num-classes) and the size it is used at.
+VOID = "void"                                            # the name of a value that is ignored
+# For each data set its class names (None: see list_folder) and the size it is used at.
 DATASETS = {"scenes": (scenes.CLASSES, (64, 96)), "camvid": (CAMVID, (360, 480)),
             "voc": (VOC, (512, 512)), "cityscapes": (CITYSCAPES, (512, 1024)),
             "folder": (None, (256, 256)), "none": (None, (256, 256))}
+HINTS = {"folder": "; line k + 1 of a classes.txt in --data-root names the value k, 'void' one to "
+                   "ignore, for labels that count from 1 or have another void than 255",
+         "cityscapes": "; if these are train ids, name the files *_gtFine_labelTrainIds.png"}
 
 
 # ---------------------------------------------------------------- files and single images
@@ -110,10 +114,10 @@ def view(image, size, scale=1.0, u=0.5, v=0.5, resample=Image.BILINEAR):
     return image.resize((W, H), resample, box=(x, y, x + w, y + h))
 
 
-def whole_view(image, size):
+def whole_view(image, size, resample=Image.BILINEAR):
     """Return the whole picture, its shape kept, at the scale at which it just covers `size`."""
     scale = max(size[0] / image.height, size[1] / image.width)
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.BILINEAR)
+    return image.resize((round(image.width * scale), round(image.height * scale)), resample)
 
 
 def to_tensor(image):
@@ -152,12 +156,14 @@ class Pool(Dataset):
 class Labelled(Dataset):
     """Item i is (whole image at working scale, uint8 (3, h, w); label at its own size, (H, W)).
 
-    table: (256,) from a value in the file to a class, to IGNORE, or to -1 where it must not occur.
+    table: (256,) from a value in the file to a class, to IGNORE, or to -1 where it must not occur;
+    hint: what to do then. resize_labels: labels are reduced to the working scale, too (nearest).
     """
 
-    def __init__(self, images, labels, table, class_names, size):
-        self.images, self.labels, self.table = images, labels, table
+    def __init__(self, images, labels, table, class_names, size, hint="", resize_labels=False):
+        self.images, self.labels, self.table, self.hint = images, labels, table, hint
         self.class_names, self.size = list(class_names), tuple(size)
+        self.resize_labels = resize_labels
 
     def __len__(self):
         return len(self.images)
@@ -167,6 +173,8 @@ class Labelled(Dataset):
         if image.size != mask.size:
             raise ValueError(f"{self.labels[index]} is {mask.width}x{mask.height} but its image is "
                              f"{image.width}x{image.height}; they must have the same size")
+        if self.resize_labels:
+            mask = whole_view(mask, self.size, Image.NEAREST)
         return to_tensor(whole_view(image, self.size)), self.classes(mask, self.labels[index])
 
     def classes(self, mask, path):
@@ -175,7 +183,7 @@ class Labelled(Dataset):
         if (target < 0).any():
             bad = sorted(set(np.asarray(mask)[(target < 0).numpy()].tolist()))
             raise ValueError(f"{path} holds the label values {bad[:8]}, which are none of the "
-                             f"{len(self.class_names)} classes nor void")
+                             f"{len(self.class_names)} classes nor void{self.hint}")
         return target
 
 
@@ -192,11 +200,12 @@ def load_mask(path):
     return Image.fromarray(indices.astype(np.uint8))
 
 
-def open_labelled(dataset, root, split, size, num_classes=None, download=False):
+def open_labelled(dataset, root, split, size, num_classes=None, download=False,
+                  resize_labels=False):
     """Return a data set as `Labelled`: scenes, camvid, voc, cityscapes or folder.
 
-    root: for camvid a folder with <split>/ and <split>annot/; for voc and cityscapes as torchvision
-    lays them out; for scenes and folder <split>/images and <split>/labels, or images and labels.
+    root: for camvid a folder with <split>/ and <split>annot/; for voc and cityscapes the trees of
+    their archives; for scenes and folder <split>/images and <split>/labels, or images and labels.
     split: "val", or "train:0001TP,0016E5" to keep files whose names begin so (CamVid's sequences).
     Raises FileNotFoundError or ValueError with what was expected.
     """
@@ -204,25 +213,27 @@ def open_labelled(dataset, root, split, size, num_classes=None, download=False):
         raise FileNotFoundError(f"there is no folder {root}; --data-root must name the {dataset} "
                                 "data (README, 'Data layouts')")
     part, _, sequences = split.partition(":")
-    names = DATASETS[dataset][0] or [f"class {k}" for k in range(num_classes or 0)]
+    images, labels, values = LISTINGS[dataset](Path(root), part, download)
+    values = values or [f"class {k}" for k in range(num_classes or 0)]     # names of 0, 1, ...
+    names = [name for name in dict.fromkeys(values) if name != VOID]
     if not names or num_classes not in (None, len(names)):
         raise ValueError(f"{dataset} has {len(names) or 'an unknown number of'} classes, but "
-                         f"{num_classes} were expected; --num-classes tells, and the teacher's "
-                         "must be the same")
-    images, labels = LISTINGS[dataset](Path(root), part, download)
-    keep = [i for i, path in enumerate(images)
-            if not sequences or Path(path).name.startswith(tuple(sequences.split(",")))]
+                         f"{num_classes} were expected; --num-classes or a classes.txt tells, and "
+                         "the teacher's must be the same")
+    keep = [i for i, path in enumerate(images) if path.name.startswith(tuple(sequences.split(",")))]
     if not keep:
         raise ValueError(f"{root} has no image in split {split!r}")
+    images, labels = [images[i] for i in keep], [labels[i] for i in keep]
+    absent = [path for path in images + labels if not path.is_file()]
+    if absent:                                          # better now than after hours of training
+        raise FileNotFoundError(f"{len(absent)} files of {dataset}, split {split!r}, are missing; "
+                                f"the first is {absent[0]}")
     table = torch.full((256,), -1)
-    table[:len(names)] = torch.arange(len(names))
-    table[IGNORE] = IGNORE
-    if dataset == "camvid":
-        table[11] = IGNORE
-    if dataset == "cityscapes":
-        for c in torchvision.datasets.Cityscapes.classes[:-1]:      # the last is id -1
-            table[c.id] = IGNORE if c.train_id in (-1, 255) else c.train_id
-    return Labelled([images[i] for i in keep], [labels[i] for i in keep], table, names, size)
+    # Official labelIds know no 255: a file with one holds train ids under a wrong name.
+    table[IGNORE] = -1 if dataset == "cityscapes" and VOID in values else IGNORE
+    for value, name in enumerate(values):
+        table[value] = IGNORE if name == VOID else names.index(name)
+    return Labelled(images, labels, table, names, size, HINTS.get(dataset, ""), resize_labels)
 
 
 def paired(images, labels):
@@ -241,29 +252,58 @@ def paired(images, labels):
 
 
 def list_folder(root, part, download):
+    """Return (images, labels, names of the label values 0, 1, ..., if a classes.txt tells them).
+
+    A value named "void" or not at all is ignored, and values of one name are one class.
+    """
+    known = root / "classes.txt"
+    lines = known.read_text().rstrip().splitlines() if known.is_file() else []
     root = root / part if (root / part).is_dir() else root
-    return paired(root / "images", root / "labels")
+    return *paired(root / "images", root / "labels"), [line.strip() or VOID for line in lines]
 
 
 def list_camvid(root, part, download):
-    return paired(root / part, root / f"{part}annot")
+    return *paired(root / part, root / f"{part}annot"), (*CAMVID, VOID)
 
 
 def list_voc(root, part, download):
-    try:
-        data = torchvision.datasets.VOCSegmentation(root, image_set=part, download=download)
-    except RuntimeError as error:
-        raise FileNotFoundError(f"no Pascal VOC 2012 below {root}: {error}") from error
-    return data.images, data.masks
+    """Return (images, labels, names) of train, val, trainval, or trainaug where it was added.
+
+    trainaug.txt holds names, or "/JPEGImages/A.jpg /SegmentationClassAug/A.png" a line.
+    """
+    voc = root / "VOCdevkit" / "VOC2012"
+    listing = voc / "ImageSets" / "Segmentation" / f"{part}.txt"
+
+    def files():
+        lines = [line.split() for line in listing.read_text().splitlines() if line.strip()]
+        masks = "SegmentationClassAug" if "aug" in part else "SegmentationClass"
+        lines = [line if len(line) == 2 else (f"JPEGImages/{line[0]}.jpg", f"{masks}/{line[0]}.png")
+                 for line in lines]
+        return [[voc / line[i].lstrip("/") for line in lines] for i in (0, 1)]
+
+    # torchvision would extract the archive again on every run.
+    if download and not (listing.is_file() and all(p.is_file() for p in sum(files(), []))):
+        try:
+            torchvision.datasets.VOCSegmentation(root, download=True)
+        except RuntimeError as error:
+            raise OSError(f"Pascal VOC could not be fetched to {root}: {error}") from error
+    if not listing.is_file():
+        raise FileNotFoundError(f"no Pascal VOC 2012 with the split {part!r} below {root}: there "
+                                f"is no {listing}; --download fetches all but trainaug")
+    return *files(), VOC
 
 
 def list_cityscapes(root, part, download):
-    try:
-        data = torchvision.datasets.Cityscapes(root, split=part, target_type="semantic")
-    except RuntimeError as error:
-        raise FileNotFoundError(f"no Cityscapes below {root}: {error}") from error
-    images, targets = zip(*sorted(zip(data.images, data.targets, strict=True)), strict=True)
-    return list(images), [target[0] for target in targets]      # torchvision's order is the disk's
+    """Return (images, labels, names): labelIds, or labelTrainIds where there is none of these."""
+    images = [path for path in find_images(root / "leftImg8bit" / part)
+              if path.stem.endswith("_leftImg8bit")]
+    fine = root / "gtFine" / part
+    kind = "labelIds" if any(fine.glob("*/*_gtFine_labelIds.png")) else "labelTrainIds"
+    labels = [fine / path.parent.name / path.name.replace("leftImg8bit", f"gtFine_{kind}")
+              for path in images]
+    ids = [VOID if c.train_id == 255 else c.name
+           for c in torchvision.datasets.Cityscapes.classes[:-1]]               # the last is id -1
+    return images, labels, ids if kind == "labelIds" else CITYSCAPES
 
 
 LISTINGS = {"scenes": list_folder, "folder": list_folder, "camvid": list_camvid, "voc": list_voc,
@@ -271,9 +311,11 @@ LISTINGS = {"scenes": list_folder, "folder": list_folder, "camvid": list_camvid,
 
 
 def class_colours(class_names):
-    """Return an RGB colour for each class: the built-in scenes' own, else Pascal VOC's map."""
+    """Return an RGB colour for each class: scenes' or Cityscapes' own, else Pascal VOC's map."""
     if tuple(class_names) == scenes.CLASSES:
         return scenes.PALETTE
+    if tuple(class_names) == CITYSCAPES:
+        return [c.color for c in torchvision.datasets.Cityscapes.classes if c.name in CITYSCAPES]
     # VOC spreads the bits of the class number over the high bits of red, green and blue.
     return [tuple(sum((k >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3))
                   for channel in range(3)) for k in range(len(class_names))]
@@ -285,17 +327,17 @@ class Batches(Dataset):
     """Batch t is (images (B, 3, H, W) float in [0, 1], slots (B,)), a pure function of (seed, t).
 
     files: image paths; slots are indices into them. Every file is used once before any is used
-    again. A random crop (scale 1 to max_scale), a flip, and brightness and contrast changed by up
-    to `jitter` are drawn from (seed, t, place in the batch), not from the file. labelled: a
+    again. A random crop (scale min_scale to max_scale), a flip, and brightness and contrast changed
+    by up to `jitter` are drawn from (seed, t, place in the batch), not from the file. labelled: a
     Labelled data set over the same files adds targets (B, H, W). colours: (N, 3, 4), a colour map
     of each file (alignment.py), applied before brightness and contrast.
     """
 
     def __init__(self, files, size, batch_size, seed, max_scale=1.6, jitter=0.2, labelled=None,
-                 colours=None):
+                 colours=None, min_scale=1.0):
         self.files, self.size, self.batch_size, self.seed = files, tuple(size), batch_size, seed
         self.max_scale, self.jitter, self.labelled = max_scale, jitter, labelled
-        self.colours = colours
+        self.colours, self.min_scale = colours, min_scale
         self.cache, self.cached_bytes = {}, 0
 
     def __len__(self):
@@ -336,7 +378,8 @@ class Batches(Dataset):
             rng = np.random.default_rng([self.seed, 2, t, place])
             u, v, s, brightness, contrast = rng.random(5)
             flip = rng.random() < 0.5
-            crop = {"scale": self.max_scale ** s, "u": u, "v": v}
+            scale = self.min_scale * (self.max_scale / self.min_scale) ** s
+            crop = {"scale": scale, "u": u, "v": v}
             image, mask = self.source(slot)
             x = to_tensor(view(image, self.size, **crop)).float() / 255             # (3, H, W)
             if self.colours is not None:

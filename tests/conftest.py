@@ -6,6 +6,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from data import CITYSCAPES, class_colours
+from models import SegmentationModel
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -42,3 +45,89 @@ def pool_folder(tmp_path):
         small = Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8))
         small.resize((50 + i, 40), Image.BICUBIC).save(folder / f"{i:02d}.png")
     return folder
+
+
+# ---------------------------------------------------------------- miniatures of the real data sets
+
+def paint(labels, colours):
+    """Return a picture of a label map, each value in its class's colour, void like class 0."""
+    table = np.zeros((256, 3), dtype=np.uint8)
+    table[:len(colours)] = colours
+    table[255] = colours[0]
+    return table[labels]
+
+
+def voc_labels(width, height):
+    """Return a label map: 512 pixels of a person (15) with 128 of void beside it."""
+    labels = np.zeros((height, width), dtype=np.uint8)
+    labels[16:32, 16:48], labels[16:32, 48:56] = 15, 255
+    return labels
+
+
+@pytest.fixture
+def voc_tree(tmp_path):
+    """Return a root with VOC 2012 in small: its folders, lists, encodings, and images of any size.
+
+    In each image 256 pixels at the top, which are background, are painted like a person.
+    """
+    voc = tmp_path / "VOC" / "VOCdevkit" / "VOC2012"
+    lists = {"train": ["2007_000032", "2007_000039"], "val": ["2007_000033", "2007_000042"]}
+    aug = ["2007_000032", "2008_000002"]
+    sizes = {"2007_000033": (80, 48), "2007_000042": (96, 120)}
+    for folder in ("JPEGImages", "SegmentationClass", "SegmentationClassAug",
+                   "ImageSets/Segmentation"):
+        (voc / folder).mkdir(parents=True)
+    palette = np.array(class_colours(range(256)), dtype=np.uint8)
+    for name in {*lists["train"], *lists["val"], *aug}:
+        labels = voc_labels(*sizes.get(name, (90, 64)))
+        shown = labels.copy()
+        shown[:16, 64:80] = 15
+        Image.fromarray(paint(shown, palette[:21])).save(
+            voc / "JPEGImages" / f"{name}.jpg", quality=98, subsampling=0)
+        if name in aug:
+            Image.fromarray(labels).save(voc / "SegmentationClassAug" / f"{name}.png")
+        if name.startswith("2007"):
+            mask = Image.fromarray(labels)
+            mask.putpalette(palette.flatten().tolist())
+            mask.save(voc / "SegmentationClass" / f"{name}.png")
+    lists |= {"trainval": lists["train"] + lists["val"], "trainaug": aug}
+    for part, names in lists.items():
+        (voc / "ImageSets" / "Segmentation" / f"{part}.txt").write_text("\n".join(names) + "\n")
+    return tmp_path / "VOC"
+
+
+@pytest.fixture
+def cityscapes_tree(tmp_path):
+    """Return a root with Cityscapes in small: road (7), a car (26), and the own bonnet (1) below.
+
+    In each image 128 pixels of road are painted like a car; so is the bonnet, which is ignored.
+    """
+    root = tmp_path / "Cityscapes"
+    for part, stems in {"train": ["aachen_000000_000019", "aachen_000001_000019",
+                                  "bochum_000000_000313"],
+                        "val": ["frankfurt_000000_000294", "munster_000000_000019"]}.items():
+        for stem in stems:
+            city = stem.split("_")[0]
+            labels = np.full((32, 64), 7, dtype=np.uint8)
+            labels[8:24, 0:16], labels[24:] = 26, 1
+            shown = np.where(labels == 7, 0, 13).astype(np.uint8)        # train ids of road and car
+            shown[:8, 48:64] = 13
+            for folder, name, picture in (
+                    ("leftImg8bit", "leftImg8bit", paint(shown, class_colours(CITYSCAPES))),
+                    ("gtFine", "gtFine_labelIds", labels),
+                    ("gtFine", "gtFine_color", paint(shown, class_colours(CITYSCAPES))),
+                    ("gtFine", "gtFine_instanceIds", labels.astype(np.uint16))):
+                path = root / folder / part / city / f"{stem}_{name}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(picture).save(path)
+    return root
+
+
+def nearest_colour(class_names, *known):
+    """Return a network that calls each pixel that of the known classes whose colour is nearest."""
+    colours = torch.tensor(class_colours(class_names)) / 255                     # (K, 3)
+    conv = nn.Conv2d(3, len(colours), 1)
+    conv.weight.data, conv.bias.data = 2 * colours[:, :, None, None], -colours.square().sum(dim=1)
+    conv.bias.data[[k for k in range(len(colours)) if k not in known]] = -1000
+    return SegmentationModel(conv, "nearest colour", len(colours), (0, 0, 0), (1, 1, 1),
+                             class_names)

@@ -1,15 +1,16 @@
 """data.py against hand-computed geometry and the data sets' own layouts; what batches promise."""
 
 import itertools
-import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
-from data import (Batches, Pool, class_colours, find_images, hold_out, load_image, open_labelled,
-                  to_tensor, view, whole_view)
+from data import (CITYSCAPES, Batches, Pool, class_colours, find_images, hold_out, load_image,
+                  open_labelled, to_tensor, view, whole_view)
 
 
 def coordinates(width, height, blue=0):
@@ -185,33 +186,120 @@ def test_a_folder_is_read_with_and_without_a_split_and_paired_below_subfolders(t
         assert [target.tolist() for _, target in data] == [[[0, 0], [0, 255]], [[1, 1], [1, 255]]]
 
 
-def test_pascal_voc_is_read_from_its_palette_masks(tmp_path):
-    voc = tmp_path / "VOCdevkit" / "VOC2012"
-    labels = Image.fromarray(mask([0, 255, 15], [255, 15, 20]))
-    labels.putpalette([c for colour in class_colours(range(256)) for c in colour])
-    write(voc / "JPEGImages" / "2007_000033.jpg", Image.new("RGB", (3, 2)))
-    write(voc / "JPEGImages" / "2007_000032.jpg", Image.new("RGB", (3, 2)))      # not in the split
-    write(voc / "SegmentationClass" / "2007_000033.png", labels)
-    (voc / "ImageSets" / "Segmentation").mkdir(parents=True)
-    (voc / "ImageSets" / "Segmentation" / "val.txt").write_text("2007_000033\n")
-    data = open_labelled("voc", tmp_path, "val", (2, 3), 21)
-    assert len(data) == 1 and data.class_names[15] == "person"
-    assert data[0][1].tolist() == [[0, 255, 15], [255, 15, 20]]
+def counts(data):
+    """Return {class: pixels} over all labels of a data set."""
+    values, numbers = torch.cat([target.flatten() for _, target in data]).unique(return_counts=True)
+    return dict(zip(values.tolist(), numbers.tolist(), strict=True))
 
 
-def test_cityscapes_ids_become_the_official_nineteen_classes_in_file_order(tmp_path, monkeypatch):
-    for stem in ("lindau/lindau_000000_000019", "frankfurt/frankfurt_000000_000294"):
-        write(tmp_path / "leftImg8bit" / "val" / f"{stem}_leftImg8bit.png", coordinates(17, 2))
-        write(tmp_path / "gtFine" / "val" / f"{stem}_gtFine_labelIds.png",
-              np.arange(34, dtype=np.uint8).reshape(2, 17))
-    listed = os.listdir
-    monkeypatch.setattr(os, "listdir", lambda path: sorted(listed(path), reverse=True))
-    data = open_labelled("cityscapes", tmp_path, "val", (2, 17), 19)
-    assert [os.path.basename(path)[:6] for path in data.images] == ["frankf", "lindau"]
-    assert "frankfurt" in data.labels[0] and data.class_names[::9] == ["road", "terrain", "bicycle"]
-    official = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11,
-                25: 12, 26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
-    assert data[0][1].flatten().tolist() == [official.get(i, 255) for i in range(34)]
+def test_pascal_voc_is_read_by_split_from_palette_masks_at_each_images_own_size(voc_tree):
+    sizes = {"train": [(64, 90), (64, 90)], "val": [(48, 80), (120, 96)]}
+    sizes["trainval"] = sizes["train"] + sizes["val"]
+    for split, expected in sizes.items():
+        data = open_labelled("voc", voc_tree, split, (24, 24), 21)
+        assert [tuple(target.shape) for _, target in data] == expected
+        pixels, n = sum(h * w for h, w in expected), len(expected)
+        assert counts(data) == {0: pixels - 640 * n, 15: 512 * n, 255: 128 * n}
+    assert data.class_names[0] == "background" and data.class_names[15] == "person"
+    assert data[2][0].shape == (3, 24, 40) and data[3][0].shape == (3, 30, 24)   # covers 24 x 24
+
+
+@pytest.mark.parametrize("listing", ["2007_000032\n2008_000002\n", "".join(
+    f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png\n"
+    for name in ("2007_000032", "2008_000002"))])
+def test_trainaug_takes_the_added_masks_however_its_list_is_written(voc_tree, listing):
+    path = voc_tree / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "trainaug.txt"
+    path.write_text(listing)
+    data = open_labelled("voc", voc_tree, "trainaug", (24, 24), 21)
+    assert [path.name for path in data.images] == ["2007_000032.jpg", "2008_000002.jpg"]
+    assert {path.parent.name for path in data.labels} == {"SegmentationClassAug"}
+    assert counts(data) == {0: 2 * (64 * 90 - 640), 15: 1024, 255: 256}
+    data.labels[1].unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 files of voc, split 'trainaug'.*2008_000002"):
+        open_labelled("voc", voc_tree, "trainaug", (24, 24), 21)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no Pascal VOC 2012 with the split 'trainaug'"):
+        open_labelled("voc", voc_tree, "trainaug", (24, 24), 21)
+
+
+def test_download_fetches_pascal_voc_only_if_a_file_is_missing(voc_tree, tmp_path, monkeypatch):
+    fetched = []
+
+    def fetch(root, download):
+        fetched.append(root)
+        shutil.copytree(voc_tree, root, dirs_exist_ok=True)
+
+    monkeypatch.setattr(torchvision.datasets, "VOCSegmentation", fetch)
+    new = tmp_path / "new"
+    assert len(open_labelled("voc", new, "val", (24, 24), download=True)) == 2
+    assert len(open_labelled("voc", new, "val", (24, 24), download=True)) == 2
+    assert fetched == [new]
+    next(new.rglob("SegmentationClass/2007_000033.png")).unlink()       # was broken off, say
+    assert len(open_labelled("voc", new, "val", (24, 24), download=True)) == 2
+    assert fetched == [new, new]
+
+
+def test_cityscapes_is_read_in_file_order_with_its_ignored_pixels(cityscapes_tree):
+    train = open_labelled("cityscapes", cityscapes_tree, "train", (32, 64), 19)
+    assert [path.name[:13] for path in train.images] == ["aachen_000000", "aachen_000001",
+                                                         "bochum_000000"]
+    val = open_labelled("cityscapes", cityscapes_tree, "val", (32, 64), 19)
+    assert [path.name for path in val.labels] == ["frankfurt_000000_000294_gtFine_labelIds.png",
+                                                  "munster_000000_000019_gtFine_labelIds.png"]
+    assert counts(val) == {0: 2 * 1280, 13: 2 * 256, 255: 2 * 512}
+    assert val.class_names[::9] == ["road", "terrain", "bicycle"]
+    val.labels[1].unlink()
+    with pytest.raises(FileNotFoundError, match="1 files of cityscapes.*munster_000000_000019"):
+        open_labelled("cityscapes", cityscapes_tree, "val", (32, 64))
+
+
+# The official table of labels: the id of each of the nineteen classes.
+OFFICIAL = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11,
+            25: 12, 26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
+
+
+def test_cityscapes_ids_become_the_official_nineteen_classes(cityscapes_tree):
+    data = open_labelled("cityscapes", cityscapes_tree, "val", (32, 64))
+    every = Image.fromarray(np.arange(34, dtype=np.uint8).reshape(2, 17))
+    assert data.classes(every, "").flatten().tolist() == [OFFICIAL.get(i, 255) for i in range(34)]
+
+
+def test_cityscapes_train_ids_are_taken_by_name_and_never_guessed(cityscapes_tree):
+    paths = sorted((cityscapes_tree / "gtFine" / "val").rglob("*_labelIds.png"))
+    for path in paths:
+        ids = np.asarray(Image.open(path))
+        train_ids = np.vectorize(lambda i: OFFICIAL.get(i, 255))(ids).astype(np.uint8)
+        Image.fromarray(train_ids).save(path)
+    data = open_labelled("cityscapes", cityscapes_tree, "val", (32, 64))
+    with pytest.raises(ValueError, match=r"labelIds.png holds .*\[255\].*name the files .*Train"):
+        data[0]
+    for path in paths:
+        path.rename(path.with_name(path.name.replace("labelIds", "labelTrainIds")))
+    data = open_labelled("cityscapes", cityscapes_tree, "val", (32, 64), 19)
+    assert counts(data) == {0: 2 * 1280, 13: 2 * 256, 255: 2 * 512}
+
+
+def test_a_classes_txt_names_the_values_with_void_wherever_it_is(tmp_path):
+    # NYUv2's 13 classes as they are commonly distributed: 0 is void, classes count from 1.
+    nyu = [f"thing {k}" for k in range(1, 14)]
+    root = folder(tmp_path, coordinates(7, 2), np.arange(14, dtype=np.uint8).reshape(2, 7))
+    with pytest.raises(ValueError, match=r"\[13\].*13 classes.*classes.txt.*count from 1"):
+        open_labelled("folder", root, "val", (2, 7), 13)[0]
+    (root / "classes.txt").write_text("\n".join(["void", *nyu]) + "\n")
+    data = open_labelled("folder", root, "val", (2, 7))
+    assert data.class_names == nyu
+    assert data[0][1].flatten().tolist() == [255, *range(13)]
+    (root / "classes.txt").write_text("wall\n\nfloor\nvoid\nwall\n")              # values merged
+    merged = open_labelled("folder", root, "val", (2, 7), 2)
+    assert merged.table[:6].tolist() == [0, 255, 1, 255, 0, -1] and merged.table[255] == 255
+    with pytest.raises(ValueError, match="folder has 2 classes, but 13"):
+        open_labelled("folder", root, "val", (2, 7), 13)
+
+
+def test_labels_can_be_reduced_to_the_working_scale_without_blending(voc_tree):
+    data = open_labelled("voc", voc_tree, "val", (24, 24), resize_labels=True)
+    assert [tuple(target.shape) for _, target in data] == [(24, 40), (30, 24)]
+    assert counts(data) == {0: 960 - 160 + 720 - 40, 15: 128 + 32, 255: 32 + 8}
 
 
 def test_a_label_that_is_no_class_is_named_with_its_file_and_value(tmp_path):
@@ -250,10 +338,19 @@ def test_data_that_is_not_there_is_a_file_not_found_error(tmp_path, dataset):
 
 
 def test_a_wrong_or_an_unknown_number_of_classes_is_refused(tmp_path):
+    write(tmp_path / "val" / "a.png", coordinates(2, 1))
+    write(tmp_path / "valannot" / "a.png", mask([0, 1]))
     with pytest.raises(ValueError, match="camvid has 11 classes, but 12"):
         open_labelled("camvid", tmp_path, "val", (4, 4), 12)
-    with pytest.raises(ValueError, match="unknown number of classes"):
-        open_labelled("folder", tmp_path, "val", (4, 4))
+    folder(tmp_path, coordinates(2, 1), mask([0, 1]))
+    with pytest.raises(ValueError, match="unknown number of classes.*classes.txt"):
+        open_labelled("folder", tmp_path, "", (4, 4))
+
+
+def test_cityscapes_has_its_official_colours():
+    colours = class_colours(CITYSCAPES)
+    assert len(colours) == 19
+    assert (colours[0], colours[13], colours[18]) == ((128, 64, 128), (0, 0, 142), (119, 11, 32))
 
 
 def test_classes_have_pascal_vocs_colours():
@@ -342,6 +439,28 @@ def test_labels_follow_their_images_through_crop_and_flip(tmp_path):
     for wanted, least, most in ((targets, 0.88, 1), (targets.flip(2), 0, 0.7)):
         share = ((shown - wanted).abs() < 2.5).float().mean((1, 2))              # of the pixels
         assert share.min() >= least and share.max() <= most
+
+
+def test_crops_of_one_fixed_scale_are_windows_of_the_reduced_picture(tmp_path):
+    # DFAD's CamVid protocol in small: shorter side 2 x 20, crops of 20 x 20 out of it.
+    folder(tmp_path, coordinates(90, 60), (np.arange(90) // 6).astype(np.uint8)[None].repeat(60, 0))
+    data = open_labelled("folder", tmp_path, "val", (20, 20), 15)
+    batches = Batches(data.images, (20, 20), 50, seed=0, max_scale=2, jitter=0, labelled=data,
+                      min_scale=2)
+    images, _, targets = batches[0]
+    widths = (images[:, 0, 0, 1:-1] * 255).diff().abs().mean(dim=1)              # of one pixel
+    assert widths.min() > 1.4 < widths.max() < 1.6                               # 60 / (2 x 20)
+    assert targets.flatten(1).amax(1).min() >= 4 and targets.unique().numel() == 15
+
+
+def test_crops_of_pictures_of_any_shape_hold_neither_padding_nor_new_labels(voc_tree):
+    data = open_labelled("voc", voc_tree, "trainval", (40, 40), 21)
+    for path in data.images:
+        with Image.open(path) as picture:
+            Image.new("RGB", picture.size, "white").save(path)
+    images, _, targets = Batches(data.images, (40, 40), 40, seed=0, jitter=0, labelled=data)[0]
+    assert images.shape == (40, 3, 40, 40) and images.min() == 1
+    assert set(targets.unique().tolist()) == {0, 15, 255}
 
 
 def test_pictures_are_kept_no_larger_than_the_crops_need(tmp_path):
