@@ -20,7 +20,9 @@ Run it
     python evaluate.py --checkpoint runs/NAME/student.pt --images DIR --out masks/
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -68,15 +70,17 @@ def mean_iou(matrix):
 
 
 def summary(matrix):
-    """Return the dict of metrics of a confusion matrix."""
+    """Return the dict of metrics of a confusion matrix; frequencies are those in the truth."""
     miou, iou = mean_iou(matrix)
-    accuracy = matrix.diagonal().sum().item() / max(matrix.sum().item(), 1)
-    return {"miou": miou.item(), "iou": iou, "pixel_accuracy": accuracy, "matrix": matrix}
+    total = max(matrix.sum().item(), 1)
+    return {"miou": miou.item(), "iou": iou, "matrix": matrix,
+            "pixel_accuracy": matrix.diagonal().sum().item() / total,
+            "frequency_weighted_iou": (matrix.sum(dim=1) / total * iou).nansum().item()}
 
 
 @torch.inference_mode()
 def evaluate(model, loader, num_classes, reference=None, device=None, ignore_index=255):
-    """Return `miou`, `iou` (K,), `pixel_accuracy` and `matrix` of a model over labelled images.
+    """Return the `summary` of a model over labelled images: `miou`, `iou` (K,), `matrix` and more.
 
     loader: yields (images (B, 3, H, W) float in [0, 1] or uint8, targets (B, h, w)); logits are
     resized to the targets. reference: a second model that takes the place of the targets; the
@@ -126,28 +130,44 @@ def report(results, class_names):
     return "\n".join(lines)
 
 
+model, labelled, masks, output = (partial(option, group=g) for g in (
+    "model", "score it on labelled data", "or write masks", "output"))
+
+
 @dataclass(frozen=True)
 class Config:
-    checkpoint: str | None = option(None, "the model: student.pt or teacher.pt (required)")
-    dataset: str = option("scenes", "labelled data to score on",
-                          choices=tuple(name for name in DATASETS if name != "none"))
-    data_root: str | None = option(None, "folder of the data set")
-    split: str = option("val", "which part of it; 'val:0016E5,0006R0' keeps those sequences")
-    images: str | None = option(None, "instead: any folder of images, to write masks for")
-    out: str | None = option(None, "folder for the masks, or file for the metrics (JSON)")
-    image_size: tuple[int, int] | None = option(None, "working size (default: the checkpoint's)")
-    device: str = option("auto", "cpu, cuda or auto")
+    checkpoint: str | None = model(None, "student.pt or teacher.pt (required)")
+    image_size: tuple[int, int] | None = model(None, "images are resized, whole, to cover this "
+                                               "(default: its own)")
+    device: str = model("auto", "cpu, cuda or auto")
+    dataset: str = labelled("scenes", "", tuple(name for name in DATASETS if name != "none"))
+    data_root: str | None = labelled(None, "folder of the data set")
+    split: str = labelled("val", "part of it; 'val:0016E5,0006R0' keeps those sequences")
+    resize_labels: bool = labelled(False, "score at the working size, not at the labels' own")
+    images: str | None = masks(None, "any folder of images")
+    overlay: bool = masks(False, "also blend each mask into its image")
+    out: str | None = output(None, "file for the metrics (JSON), or folder for the masks")
 
 
-def write_masks(model, folder, out, size, device):
+def mask_names(files):
+    """Return a PNG name for each path: its own with .png, or, where two would clash, with both."""
+    taken = Counter(path.with_suffix(".png") for path in files)
+    return [path.with_suffix(".png") if taken[path.with_suffix(".png")] == 1
+            else path.with_name(f"{path.name}.png") for path in files]
+
+
+def write_masks(model, folder, out, size, device, overlay=False):
     """Write an index PNG with a palette for every image of `folder`; return how many.
 
     Masks keep the image's size and relative path, with .png for a suffix; unreadable files are
-    named and skipped.
+    named and skipped. overlay: beside each mask a JPEG of it and the image, half and half.
     """
     palette = np.array(class_colours(model.class_names), dtype=np.uint8).flatten().tolist()
-    written = 0
-    for path in tqdm(find_images(folder), desc="masks"):
+    files, written = find_images(folder), 0
+    if Path(folder).resolve() in (Path(out).resolve(), *Path(out).resolve().parents):
+        raise ValueError(f"--out {out} lies in the folder of the images, where masks could replace "
+                         "them; name a folder elsewhere")
+    for path, name in zip(tqdm(files, desc="masks"), mask_names(files), strict=True):
         try:
             image = load_image(path)
         except ValueError as error:
@@ -158,9 +178,12 @@ def write_masks(model, folder, out, size, device):
             mask = predict(model, images, image.size[::-1])[0]
         png = Image.fromarray(mask.byte().cpu().numpy())
         png.putpalette(palette)
-        target = (Path(out) / path.relative_to(folder)).with_suffix(".png")
+        target = Path(out) / name.relative_to(folder)
         with atomic(target) as temporary:
             png.save(temporary, format="PNG")
+        if overlay:
+            with atomic(target.with_suffix(".overlay.jpg")) as temporary:
+                Image.blend(image, png.convert("RGB"), 0.5).save(temporary, format="JPEG")
         written += 1
     return written
 
@@ -177,15 +200,17 @@ def main(argv=None):
     if cfg.images:
         if not cfg.out:
             raise ValueError("--out is missing; name a folder for the masks")
-        count = write_masks(model, cfg.images, cfg.out, size, device)
+        count = write_masks(model, cfg.images, cfg.out, size, device, cfg.overlay)
         print(f"{count} masks in {cfg.out}")
         return {"masks": count}
-    data = open_labelled(cfg.dataset, cfg.data_root, cfg.split, size, model.num_classes)
+    data = open_labelled(cfg.dataset, cfg.data_root, cfg.split, size, model.num_classes,
+                         resize_labels=cfg.resize_labels)
     loader = torch.utils.data.DataLoader(data, batch_size=1)
     result = evaluate(model, tqdm(loader, desc="evaluate"), model.num_classes)
     print(report({"model": result}, data.class_names))
-    metrics = {key: result[key] for key in ("miou", "pixel_accuracy")}
-    metrics["iou"] = named_iou(result, data.class_names)
+    print(f"{'freq.-weighted IoU':20s}{100 * result['frequency_weighted_iou']:11.1f}")
+    metrics = {key: result[key] for key in ("miou", "pixel_accuracy", "frequency_weighted_iou")}
+    metrics |= {"iou": named_iou(result, data.class_names), "config": asdict(cfg)}
     if cfg.out:
         save_json(metrics, cfg.out)
     return metrics

@@ -11,8 +11,10 @@ from torch import nn
 
 import evaluate as program
 from checkpoint import save_model
-from data import CAMVID, class_colours
-from evaluate import confusion_matrix, evaluate, mean_iou, predict, report, write_masks
+from conftest import nearest_colour
+from data import CAMVID, CITYSCAPES, VOC, class_colours
+from evaluate import (confusion_matrix, evaluate, mask_names, mean_iou, predict, report, summary,
+                      write_masks)
 from models import build_model
 
 ABSENT = math.nan
@@ -99,6 +101,12 @@ def test_the_hand_computed_example():
     assert result["matrix"].tolist() == [[1, 1], [0, 2]]
     assert result["iou"].tolist() == pytest.approx([1 / 2, 2 / 3])
     assert (result["miou"], result["pixel_accuracy"]) == pytest.approx((7 / 12, 3 / 4))
+
+
+def test_frequencies_are_those_of_the_truth():
+    # Frequencies 6/8, 2/8, 0; IoU 4/7, 1/3, 0: the third class is only predicted.
+    result = summary(torch.tensor([[4, 1, 1], [1, 1, 0], [0, 0, 0]]))
+    assert result["frequency_weighted_iou"] == pytest.approx(6 / 8 * 4 / 7 + 2 / 8 * 1 / 3)
 
 
 @pytest.mark.parametrize(("prediction", "target", "message"), [
@@ -226,6 +234,68 @@ def test_the_command_line_scores_a_checkpoint_and_writes_the_metrics(tmp_path, c
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert written["miou"] == metrics["miou"]
     assert f"mean IoU {100 * metrics['miou']:22.1f}" in capsys.readouterr().out
+
+
+def scored(monkeypatch, class_names, words):
+    """Return what evaluate.py says of a network that takes colours for classes."""
+    model = nearest_colour(class_names, 0, 13, 15)
+    monkeypatch.setattr(program, "load_model", lambda path: (model, {"image_size": [96, 96]}))
+    return program.main(["--checkpoint", "any.pt", "--device", "cpu", *map(str, words)])
+
+
+def test_voc_is_scored_at_each_images_own_resolution(voc_tree, monkeypatch, capsys):
+    # Images of 80x48 and 96x120 pixels, seen at 160x96 and 96x120. Of both together 256 pixels are
+    # void, 1024 person (all found), 14080 background, of which 512 are taken for a person.
+    words = ["--dataset", "voc", "--data-root", voc_tree]
+    metrics = scored(monkeypatch, VOC, words)
+    expected = {"background": 13568 / 14080, "person": 1024 / 1536}
+    assert {name: iou for name, iou in metrics["iou"].items() if iou is not None} == expected
+    assert metrics["miou"] == pytest.approx(sum(expected.values()) / 2)
+    assert metrics["pixel_accuracy"] == pytest.approx((13568 + 1024) / 15104)
+    frequency = (14080 * expected["background"] + 1024 * expected["person"]) / 15104
+    assert metrics["frequency_weighted_iou"] == pytest.approx(frequency)
+    assert f"freq.-weighted IoU  {100 * frequency:11.1f}" in capsys.readouterr().out
+    # With labels reduced like the images, to 40x24 and 24x30, the same fractions of other counts.
+    small = scored(monkeypatch, VOC, [*words, "--image-size", 24, 24, "--resize-labels"])
+    assert small["iou"]["background"] == pytest.approx((800 - 64 + 680 - 16) / (800 + 680))
+    assert small["iou"]["person"] == pytest.approx(160 / 240)
+
+
+def test_cityscapes_is_scored_on_whole_images_without_its_ignored_pixels(cityscapes_tree,
+                                                                         monkeypatch):
+    # Of each image 512 pixels are ignored, 256 car, 1280 road, of which 128 are taken for a car.
+    seen = []
+    monkeypatch.setattr(program, "predict", lambda model, images, size: seen.append(
+        tuple(images.shape)) or predict(model, images, size))
+    metrics = scored(monkeypatch, CITYSCAPES, ["--dataset", "cityscapes", "--data-root",
+                                               cityscapes_tree, "--image-size", 32, 64])
+    assert seen == [(1, 3, 32, 64)] * 2
+    assert metrics["iou"]["road"] == 1152 / 1280 and metrics["iou"]["car"] == 256 / 384
+    assert metrics["miou"] == pytest.approx((0.9 + 2 / 3) / 2)
+    assert metrics["pixel_accuracy"] == pytest.approx(1408 / 1536)
+
+
+def test_two_images_of_one_name_get_two_masks_and_overlays_show_both(photographs, tmp_path):
+    Image.new("RGB", (20, 30), "white").save(photographs / "a.png")
+    out, model = tmp_path / "masks", camvid_model()
+    assert write_masks(model, photographs, out, (32, 48), "cpu", overlay=True) == 3
+    written = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.*"))
+    assert written == ["a.jpg.overlay.jpg", "a.jpg.png", "a.png.overlay.jpg", "a.png.png",
+                       "deeper/b.overlay.jpg", "deeper/b.png"]
+    mask, overlay = Image.open(out / "a.png.png"), Image.open(out / "a.png.overlay.jpg")
+    assert mask.size == overlay.size == (20, 30)
+    expected = (np.asarray(mask.convert("RGB"), dtype=float) + 255) / 2
+    assert np.abs(np.asarray(overlay, dtype=float) - expected).mean() < 12               # JPEG
+    assert [p.name for p in mask_names([tmp_path / "a.jpg", tmp_path / "b.jpg"])] == ["a.png",
+                                                                                      "b.png"]
+
+
+def test_masks_are_not_written_among_the_images(photographs):
+    before = (photographs / "deeper" / "b.png").read_bytes()
+    for out in (photographs, photographs / "masks"):
+        with pytest.raises(ValueError, match="lies in the folder of the images"):
+            write_masks(camvid_model(), photographs, out, (32, 48), "cpu")
+    assert (photographs / "deeper" / "b.png").read_bytes() == before
 
 
 def test_the_command_line_writes_masks_for_a_folder(photographs, tmp_path):
