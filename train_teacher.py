@@ -29,25 +29,34 @@ from models import MODELS, build_model
 from options import one_sentence, option, parse
 from training import OPTIMISERS, fit, pick_amp, pick_device
 
+NORMALISATIONS = {"imagenet": {}, "half": {"mean": (0.5,) * 3, "std": (0.5,) * 3}}
+
 
 @dataclass(frozen=True)
 class Config:
-    dataset: str = option("camvid", "labelled data to learn from", group="data",
+    dataset: str = option("camvid", "labelled data", group="data",
                           choices=tuple(name for name in DATASETS if name != "none"))
     data_root: str | None = option(None, "folder of the data set", group="data")
-    split: str = option("train", "part to train on; 'train:0001TP,0016E5' keeps those sequences",
+    split: str = option("train", "'train:0001TP,0016E5' keeps those sequences",
                         group="data")
     eval_split: str | None = option(None, "part to report mIoU on, if any", group="data")
-    num_classes: int | None = option(None, "classes, for --dataset folder", group="data")
+    download: bool = option(False, "let torchvision fetch Pascal VOC", group="data")
+    num_classes: int | None = option(None, "for --dataset folder, if it has no classes.txt",
+                                     group="data")
     model: str = option("resnet_small", "network", choices=MODELS, group="training")
-    backbone: str = option("none", "'imagenet' downloads an ImageNet-trained backbone",
-                           choices=("none", "imagenet"), group="training")
+    backbone: str = option("none", "pretrained, downloaded", choices=("none", "imagenet"),
+                           group="training")
+    normalisation: str = option("imagenet", "of the input; half: mean = std = 0.5",
+                                choices=tuple(NORMALISATIONS), group="training")
     steps: int = option(2000, "number of updates", group="training")
     batch_size: int = option(16, "images an update", group="training")
     optimiser: str = option("sgd", "how to train", choices=tuple(OPTIMISERS), group="training")
     lr: float = option(0.1, "highest learning rate", group="training")
     image_size: tuple[int, int] | None = option(None, "crop height and width (default: the data "
                                                 "set's)", group="training")
+    min_scale: float = option(1.0, "1: a crop is as large as fits; 2: half that on each side",
+                              group="training")
+    max_scale: float = option(1.6, "crops lie between these scales", group="training")
     jitter: float = option(0.2, "change of brightness and contrast", group="training")
     seed: int = option(0, "seed of weights, crops and order", group="running")
     device: str = option("auto", "cpu, cuda or auto", group="running")
@@ -72,15 +81,17 @@ def train_teacher(cfg):
                          "or use --resume to finish an interrupted run")
     device = pick_device(cfg.device)
     size = cfg.image_size or DATASETS[cfg.dataset][1]
-    data = open_labelled(cfg.dataset, cfg.data_root, cfg.split, size, cfg.num_classes)
-    for i in range(len(data)) if len(data) < 2000 else range(0, len(data), len(data) // 2000):
+    data = open_labelled(cfg.dataset, cfg.data_root, cfg.split, size, cfg.num_classes, cfg.download)
+    step = max(1, len(data) // 2000)
+    for i in tqdm(range(0, len(data), step), desc="checking labels", leave=False):
         data[i]                                     # a bad label is found before hours of training
 
     torch.manual_seed(cfg.seed)
     model = build_model(cfg.model, len(data.class_names), class_names=data.class_names,
-                        weights_backbone="DEFAULT" if cfg.backbone == "imagenet" else None)
-    model.to(device)
-    batches = Batches(data.images, size, cfg.batch_size, cfg.seed, jitter=cfg.jitter, labelled=data)
+                        weights_backbone="DEFAULT" if cfg.backbone == "imagenet" else None,
+                        **NORMALISATIONS[cfg.normalisation]).to(device)
+    batches = Batches(data.images, size, cfg.batch_size, cfg.seed, cfg.max_scale, cfg.jitter, data,
+                      min_scale=cfg.min_scale)
     curve = fit(model, lambda progress, images, slots, target: cross_entropy(model(images), target),
                 batches, cfg.steps, cfg.lr, cfg.seed, pick_amp(cfg.amp, device), cfg.workers,
                 out / "state.pt", "teacher", cfg.optimiser)

@@ -6,6 +6,7 @@ import torch
 import scenes
 import train_teacher
 from checkpoint import load_model
+from data import Batches
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,18 @@ def test_the_checkpoint_holds_model_classes_normalisation_size_and_statistics(ow
     assert metrics["images"] == 8 and 0 <= metrics["miou"] <= 1
     first = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
     assert first.num_batches_tracked == 10 and not torch.all(first.running_var == 1)
+
+
+def test_the_normalisation_is_the_one_asked_for_and_crops_have_their_scales(owner, tmp_path,
+                                                                            monkeypatch):
+    made = []
+    monkeypatch.setattr(train_teacher, "Batches", lambda *args, **how: made.append(
+        Batches(*args, **how)) or made[0])
+    train(owner, "--normalisation", "half", "--min-scale", 2, "--max-scale", 2.5, "--out",
+          tmp_path / "t", "--steps", 1)
+    model, _ = load_model(tmp_path / "t" / "teacher.pt")
+    assert model.mean.flatten().tolist() == model.std.flatten().tolist() == [0.5, 0.5, 0.5]
+    assert (made[0].min_scale, made[0].max_scale, made[0].jitter) == (2, 2.5, 0.2)
 
 
 def test_a_finished_teacher_is_never_overwritten(owner, tmp_path):
