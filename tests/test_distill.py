@@ -5,10 +5,12 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
@@ -167,26 +169,60 @@ def test_unreadable_files_are_skipped_and_named(world, tmp_path):
 
 
 class UNet(nn.Module):
-    """A network that is none of ours, without a normalisation and with a BatchNorm."""
+    """A network that is none of ours: skip connections, no normalisation of its input."""
 
     def __init__(self, classes):
         super().__init__()
-        self.down = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
-        self.up = nn.Sequential(nn.ConvTranspose2d(8, 8, 2, 2), nn.BatchNorm2d(8), nn.ReLU())
-        self.head = nn.Conv2d(11, classes, 1)
+
+        def block(c_in, c_out):
+            return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out),
+                                 nn.ReLU(), nn.Conv2d(c_out, c_out, 3, padding=1),
+                                 nn.BatchNorm2d(c_out), nn.ReLU())
+
+        self.enter, self.down, self.deep = block(3, 6), block(6, 10), block(10, 14)
+        self.up, self.leave = block(14 + 10, 10), block(10 + 6, 6)
+        self.head = nn.Conv2d(6, classes, 1)
 
     def forward(self, x):
-        return {"out": self.head(torch.cat([self.up(self.down(x)), x], dim=1))}
+        fine = self.enter(x)
+        middle = self.down(F.max_pool2d(fine, 2))
+        deep = self.deep(F.max_pool2d(middle, 2))
+        y = self.up(torch.cat([F.interpolate(deep, scale_factor=2), middle], dim=1))
+        y = self.leave(torch.cat([F.interpolate(y, scale_factor=2), fine], dim=1))
+        return {"out": self.head(y)}
 
 
-def test_networks_of_ones_own_enter_through_the_python_api(pool_folder):
+def unet():
+    return UNet(7)
+
+
+def from_timm():
+    timm = pytest.importorskip("timm")
+    body = timm.create_model("resnet18", features_only=True, out_indices=(2,))
+    head = nn.Conv2d(body.feature_info.channels()[-1], 7, 1)
+    return nn.Sequential(OrderedDict(body=body, last=Last(), head=head))
+
+
+class Last(nn.Module):
+    def forward(self, maps):
+        return maps[-1]
+
+
+def from_segmentation_models_pytorch():
+    library = pytest.importorskip("segmentation_models_pytorch")
+    return library.Unet("resnet18", encoder_weights=None, classes=7)
+
+
+@pytest.mark.parametrize("foreign", [unet, from_timm, from_segmentation_models_pytorch])
+def test_networks_of_ones_own_enter_through_the_python_api(pool_folder, foreign):
     torch.manual_seed(0)
-    teacher, student = UNet(5), UNet(5)
+    teacher, student = foreign(), build_model("resnet_tiny", 7)
     before = {name: x.clone() for name, x in student.state_dict().items()}
     memory = {name: x.clone() for name, x in teacher.state_dict().items()}
     cfg = distill.Config(budget=6, steps=3, batch_size=4, device="cpu", amp="off")
-    result = distill.distill(teacher, student, pool_folder, (32, 48), cfg)
+    result = distill.distill(teacher, student, pool_folder, (32, 64), cfg)
     assert len(result["files"]) == 6 and len(result["curve"]) == 1
+    assert result["distances"].isfinite().all() and result["distances"][0] > 0
     assert not identical(before, student.state_dict())
     assert identical(memory, teacher.state_dict())
 
