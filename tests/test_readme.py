@@ -11,18 +11,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torchvision
 
 import distill
 import evaluate
+import export
 import options
 import train_teacher
+from data import CITYSCAPES, VOC
 from experiments import compare, shuffle_tiles
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 PROGRAMS = {"distill.py": distill, "train_teacher.py": train_teacher, "evaluate.py": evaluate,
-            "experiments.compare": compare, "experiments.shuffle_tiles": shuffle_tiles}
+            "export.py": export, "experiments.compare": compare,
+            "experiments.shuffle_tiles": shuffle_tiles}
 CONCEPTS = ("bn_stats", "ads_sampler", "priority", "kd_loss", "alignment")
 
 
@@ -44,7 +48,41 @@ def test_every_printed_command_parses(program, words):
 
 def test_there_are_commands_for_every_program():
     assert {program for program, _ in commands()} >= {"distill.py", "train_teacher.py",
-                                                      "evaluate.py", "experiments.compare"}
+                                                      "evaluate.py", "export.py",
+                                                      "experiments.compare"}
+
+
+def test_the_voc_and_cityscapes_commands_run(tmp_path, voc_tree, cityscapes_tree, pool_folder,
+                                             monkeypatch):
+    """From the teacher to the table, in order, for one step, with random weights for published."""
+    lines = re.findall(r"^python (\S+) (.*--dataset (?:voc|cityscapes) .*)$", README, re.MULTILINE)
+    assert [program for program, _ in lines] == 2 * ["train_teacher.py", "distill.py"]
+    get_model, asked = torchvision.models.get_model, []
+
+    def random_weights(name, weights=None, weights_backbone=None, num_classes=21):
+        asked.append((name, str(weights), weights_backbone))
+        return get_model(name, weights=None, weights_backbone=None, num_classes=num_classes,
+                         aux_loss=weights is not None)
+
+    monkeypatch.setattr(torchvision.models, "get_model", random_weights)
+    for i, (program, line) in enumerate(lines):
+        root = voc_tree if "voc" in line else cityscapes_tree
+        tiny = (f"--data-root {root} --out {tmp_path}/run{i} --image-size 32 32 --steps 1 "
+                "--batch-size 2 --workers 0 --amp off --device cpu")
+        words = [*shlex.split(line), *tiny.split()]
+        if program == "distill.py":
+            words += ["--pool", str(pool_folder), "--budget", "4"]
+        if "--teacher" in words:
+            words += ["--teacher", str(tmp_path / f"run{i - 1}" / "teacher.pt")]
+        metrics = PROGRAMS[program].main(words)
+        if program == "distill.py":
+            classes = list(metrics["iou"]["student"])
+            assert 0 <= metrics["student_miou"] <= 1 and metrics["updates"] == 1
+            expected = VOC if "voc" in line else CITYSCAPES
+            assert [name.strip("_") for name in classes] == list(expected)
+    published = "DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1"
+    assert ("deeplabv3_resnet50", published, None) in asked
+    assert asked.count(("deeplabv3_resnet50", "None", "DEFAULT")) == 2           # both teachers
 
 
 def test_the_python_snippet_runs(tmp_path, pool_folder):
@@ -96,7 +134,7 @@ def test_a_concept_file_runs_its_demo_alone_with_torch_only(module, tmp_path):
         assert number.rstrip("0").rstrip(".") in source.split('"""')[1]
 
 
-@pytest.mark.parametrize("program", ["distill.py", "train_teacher.py", "evaluate.py"])
+@pytest.mark.parametrize("program", sorted(PROGRAMS))
 def test_help_lists_every_option_with_its_default(program, capsys):
     with pytest.raises(SystemExit):
         PROGRAMS[program].main(["--help"])
@@ -104,4 +142,7 @@ def test_help_lists_every_option_with_its_default(program, capsys):
     for name, field in PROGRAMS[program].Config.__dataclass_fields__.items():
         assert f"--{name.replace('_', '-')}" in text
         assert field.default is None or field.default is False or str(field.default) in text
+        assert field.default != 0 or field.default is False or "(default: 0" in text
     assert all(len(line) <= 100 for line in text.splitlines())
+    # One line an option where possible: no more than three go on in a second one.
+    assert len(re.findall(r"^ {12}", text, re.MULTILINE)) <= 3
