@@ -15,7 +15,12 @@ Use it
 """
 
 import csv
+import hashlib
 import os
+import signal
+import warnings
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +28,7 @@ import torch
 import torchvision
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 import scenes
 from alignment import apply_colours
@@ -87,7 +93,8 @@ def load_image(path, at_least=None):
     at_least: (H, W) that will do; a large JPEG is then decoded at a fraction of its size.
     """
     try:
-        with Image.open(path) as image:
+        # Pillow warns of large and of odd pictures, which would be a flood over a wild pool.
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             if at_least is not None:
                 # Twice the target keeps the later reduction antialiased. Orientation is not
                 # applied yet, so ask for the longer side both ways.
@@ -133,6 +140,30 @@ def hold_out(files):
         raise ValueError(f"the pool has {len(files)} images; --dataset none needs at least {step}, "
                          "because it holds some out to measure agreement on")
     return [f for i, f in enumerate(files) if i % step], files[::step]
+
+
+def leave_out(files, others):
+    """Return (the files that are none of the others by content, the rest as lines of skipped.csv).
+
+    Only files whose sizes agree are read. One that cannot be read stays: the scan will name it.
+    """
+    def each(read, paths):
+        found = {}
+        for path in paths:
+            with suppress(OSError):
+                found[path] = read(path)
+        return found
+
+    def digest(path):
+        return hashlib.sha256(Path(path).read_bytes()).digest()
+
+    sizes = set(each(os.path.getsize, others).values())
+    alike = [path for path, size in each(os.path.getsize, files).items() if size in sizes]
+    known = {key: path for path, key in each(digest, others if alike else []).items()}
+    twins = {path: known[key] for path, key in each(digest, alike).items() if key in known}
+    return ([path for path in files if path not in twins],
+            [f"{path}: the same image as {other}, which is evaluated on"
+             for path, other in twins.items()])
 
 
 class Pool(Dataset):
@@ -319,6 +350,50 @@ def class_colours(class_names):
     # VOC spreads the bits of the class number over the high bits of red, green and blue.
     return [tuple(sum((k >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3))
                   for channel in range(3)) for k in range(len(class_names))]
+
+
+def check_labels(data, most=2000):
+    """Open a Labelled data set, at most about `most` pairs of it; ValueError names a bad one.
+
+    Returns (pixels of each class and of void (K + 1,), number of labels of each (H, W)).
+    """
+    K = len(data.class_names)
+    pixels, sizes = torch.zeros(K + 1, dtype=torch.int64), Counter()
+    for i in tqdm(range(0, len(data), -(-len(data) // most)), desc="checking labels", leave=False):
+        target = data[i][1]
+        pixels += target.clamp(max=K).flatten().bincount(minlength=K + 1)
+        sizes[tuple(target.shape)] += 1
+    return pixels, sizes
+
+
+def overlay(data, count=4):
+    """Return `count` images of a Labelled data set, spread over it, with their labels over them."""
+    colours = np.array([*class_colours(data.class_names), (0, 0, 0)], dtype=np.uint8)
+    tiles = []
+    for i in np.linspace(0, len(data) - 1, count).astype(int):
+        image, target = data[i]
+        image = Image.fromarray(image.permute(1, 2, 0).numpy())
+        mask = Image.fromarray(colours[target.clamp(max=len(colours) - 1)]).resize(image.size, 0)
+        tiles.append(view(Image.blend(image, mask, 0.5), data.size))
+    return Image.fromarray(np.hstack([np.asarray(tile) for tile in tiles]))
+
+
+# ---------------------------------------------------------------- loading
+
+def deaf(worker):
+    """Let a loading process ignore Ctrl-C, which all processes get: the main one decides."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def loaded(loader):
+    """Yield what a DataLoader does; a file that cannot be read raises OSError, in one sentence."""
+    try:
+        yield from loader
+    except ValueError as error:                 # a worker wraps the reason in its own traceback
+        reason = str(error).split("\nValueError: ")[-1].strip()
+        raise OSError(f"{reason}; put this file right and resume") from error
+    except (ConnectionError, EOFError) as error:             # one of the ways to notice its death
+        raise RuntimeError("a DataLoader worker died") from error
 
 
 # ---------------------------------------------------------------- stateless training batches

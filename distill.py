@@ -10,7 +10,7 @@
 Idea
     1 read what the teacher remembers, 2 score the pool by it, 3 sample a budget of images (ADS),
     4 weight them (WDPD), 5 distil on whole scenes, 6 evaluate and report. Labels, where there are
-    any, are opened in paragraph 6 and nowhere else.
+    any, are checked before the start and used in paragraph 6, nowhere else.
 
 Paper
     DFSS (Sun & Wu, arXiv 2512.13175); the README lists what is the paper's and what is ours.
@@ -33,7 +33,8 @@ import plots
 import records
 from ads_sampler import sample
 from bn_stats import METRICS, bn_distance, bn_layers, capture_bn_inputs, select_layers
-from data import DATASETS, Batches, Pool, find_images, hold_out, open_labelled
+from data import (DATASETS, Batches, Pool, check_labels, find_images, hold_out, leave_out,
+                  open_labelled)
 from evaluate import as_input, evaluate, report
 from models import MODELS, build_model, cost, fingerprint, freeze, segmentation_logits
 from options import one_sentence, option, parse
@@ -144,10 +145,10 @@ def train_student(teacher, student, chosen, size, cfg, state_path=None):
         with torch.no_grad():
             target = segmentation_logits(teacher, images)                         # (B, K, H, W)
         output = segmentation_logits(student, images)                             # (B, K, H, W)
-        losses = sum(KD[name](output, target, **({} if name == "pairwise" else softened))
-                     for name in names)                                           # (B,)
+        terms = {name: KD[name](output, target, **({} if name == "pairwise" else softened))
+                 for name in names}                                               # (B,) each
         now = progressive_weights(weights, progress, cfg.schedule)                # (N,)
-        return weighted_loss(losses, now[slots], now.mean())
+        return weighted_loss(sum(terms.values()), now[slots], now.mean()), terms
 
     batches = Batches(chosen["files"], size, cfg.batch_size, cfg.seed, colours=chosen["colours"])
     return fit(student, batch_loss, batches, cfg.steps, cfg.lr, cfg.seed,
@@ -211,7 +212,8 @@ def distill(teacher, student, pool, size, cfg=None):
 
 
 def prepare(cfg):
-    """Return (teacher, size, files of the pool, loader of labelled or of held-out images)."""
+    """Return (teacher, size, pool files, those left out, loader of labelled or held-out images).
+    """
     if not cfg.pool:
         raise ValueError("--pool is missing; name a folder of unlabelled photographs")
     device = pick_device(cfg.device)
@@ -220,12 +222,14 @@ def prepare(cfg):
     files = find_images(cfg.pool)
     if cfg.dataset == "none":
         files, held_out = hold_out(files)
-        views = DataLoader(Pool(held_out, size))
-        return teacher, size, files, [(image, None) for image, error in views if not error[0]]
+        views = [(x, None) for x, error in DataLoader(Pool(held_out, size)) if not error[0]]
+        return teacher, size, *leave_out(files, held_out), views
     labelled = open_labelled(cfg.dataset, cfg.data_root, cfg.split, size, teacher.num_classes,
                              cfg.download)
+    check_labels(labelled)                       # a bad one is found before hours of training
     # Only the built-in scenes are sure to have one size, and a batch needs one.
-    return teacher, size, files, DataLoader(labelled, 16 if cfg.dataset == "scenes" else 1)
+    loader = DataLoader(labelled, 16 if cfg.dataset == "scenes" else 1)
+    return teacher, size, *leave_out(files, labelled.images), loader
 
 
 def new_student(cfg, teacher):
@@ -238,22 +242,19 @@ def new_student(cfg, teacher):
     ).to(teacher.mean.device)
 
 
-def main(argv=None):
-    """Run the method from the command line; return the metrics it prints."""
-    cfg = parse(Config, argv, __doc__.split("\n")[0])
-    out, laps = records.open_run(cfg), [("start", time.perf_counter())]
+def run(cfg, out):
+    """Run the method as the options say, in the folder `out`; return the metrics it prints."""
+    laps = [("start", time.perf_counter())]
     if cfg.dataset == "scenes":
         root, teacher = builtin_teacher(cfg.image_size, cfg.device, cfg.amp)
         cfg = dataclasses.replace(cfg, data_root=cfg.data_root or root,
                                   pool=cfg.pool or f"{root}/pool", teacher=cfg.teacher or teacher)
         laps.append(("scenes and teacher", time.perf_counter()))
-    teacher, size, files, held_out = prepare(cfg)
+    teacher, size, files, left_out, held_out = prepare(cfg)
     untouched = fingerprint(teacher)
 
     chosen = select(teacher, files, size, cfg, out)
-    records.write_csv(out / "chosen.csv", ("file", "distance", "weight"), zip(
-        chosen["files"], chosen["distances"].tolist(), chosen["weights"].tolist(), strict=True))
-    records.write_csv(out / "skipped.csv", ("reason",), [[why] for why in chosen["skipped"]])
+    records.write_choice(out, chosen, left_out)
     laps.append(("scoring", time.perf_counter()))
     if cfg.dry_run:
         plots.pool_check(chosen, size, out / "pool.png")
@@ -286,6 +287,11 @@ def main(argv=None):
     plots.story(chosen, size, cfg.schedule, teacher, student, held_out, out / "figure.png")
     print(records.closing(metrics, out))
     return metrics
+
+
+def main(argv=None):
+    """Run the method from the command line; return the metrics it prints."""
+    return records.in_folder(run, parse(Config, argv, __doc__.split("\n")[0]))
 
 
 if __name__ == "__main__":

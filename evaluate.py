@@ -18,6 +18,7 @@ Use it
 Run it
     python evaluate.py --checkpoint runs/NAME/student.pt --dataset camvid --data-root DIR
     python evaluate.py --checkpoint runs/NAME/student.pt --images DIR --out masks/
+    python evaluate.py --dataset camvid --data-root DIR --check-data       (what do labels hold?)
 """
 
 from collections import Counter
@@ -32,8 +33,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import atomic, load_model, save_json
-from data import (DATASETS, class_colours, find_images, load_image, open_labelled, to_tensor,
-                  whole_view)
+from data import (DATASETS, check_labels, class_colours, find_images, load_image, open_labelled,
+                  overlay, to_tensor, whole_view)
 from models import segmentation_logits
 from options import one_sentence, option, parse
 from training import pick_device
@@ -144,9 +145,11 @@ class Config:
     data_root: str | None = labelled(None, "folder of the data set")
     split: str = labelled("val", "part of it; 'val:0016E5,0006R0' keeps those sequences")
     resize_labels: bool = labelled(False, "score at the working size, not at the labels' own")
+    check_data: bool = labelled(False, "instead: say what its labels hold, and show some (PNG)")
     images: str | None = masks(None, "any folder of images")
     overlay: bool = masks(False, "also blend each mask into its image")
-    out: str | None = output(None, "file for the metrics (JSON), or folder for the masks")
+    out: str | None = output(None, "file for the metrics (JSON) or for --check-data (PNG), or "
+                               "folder for the masks")
 
 
 def mask_names(files):
@@ -188,9 +191,27 @@ def write_masks(model, folder, out, size, device, overlay=False):
     return written
 
 
+def check_data(cfg):
+    """Print what a labelled data set holds, and write a picture of labels over their images."""
+    classes = load_model(cfg.checkpoint)[0].num_classes if cfg.checkpoint else None
+    data = open_labelled(cfg.dataset, cfg.data_root, cfg.split,
+                         cfg.image_size or DATASETS[cfg.dataset][1], classes)
+    pixels, sizes = check_labels(data)
+    print(f"{len(data)} images with labels, {sum(sizes.values())} of them opened; sizes "
+          + ", ".join(f"{n} of {h}x{w}" for (h, w), n in sizes.most_common(5)))
+    for name, share in zip([*data.class_names, "void"], pixels / pixels.sum(), strict=True):
+        print(f"{name:20s}{100 * share:8.2f} % of the pixels")
+    with atomic(cfg.out or "check.png") as temporary:
+        overlay(data).save(temporary, format="PNG")
+    print(f"some labels over their images: {cfg.out or 'check.png'}")
+    return {"images": len(data), "pixels": pixels.tolist()}
+
+
 def main(argv=None):
     """Score a checkpoint on labelled data, or write masks for a folder; return the metrics."""
     cfg = parse(Config, argv, "Score a checkpoint on labelled data, or write masks for a folder.")
+    if cfg.check_data:
+        return check_data(cfg)
     if cfg.checkpoint is None:
         raise ValueError("--checkpoint is missing; give the path of a student.pt or teacher.pt")
     device = pick_device(cfg.device)

@@ -13,10 +13,13 @@ Use it
 
 import argparse
 import os
+import signal
 import sys
 import typing
 from dataclasses import field, fields
 from functools import partial, wraps
+
+import torch
 
 
 def option(default, help, choices=None, group="options"):
@@ -59,21 +62,40 @@ def parse(config_class, argv, description):
     return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
+def sentence(error):
+    """Return (what to say, exit code) for an error that a user can cause or cure, else None."""
+    if isinstance(error, KeyboardInterrupt):
+        words, code = "interrupted", 128 + (error.args or (signal.SIGINT,))[0]
+    elif isinstance(error, torch.OutOfMemoryError | MemoryError):
+        words, code = "error: out of memory; lower --batch-size or --image-size, and start again", 2
+    elif "DataLoader worker" in str(error):
+        words, code = ("error: a process that loads images died, perhaps for want of memory; use "
+                       "fewer --workers, or 0"), 2
+    elif isinstance(error, ValueError | OSError):
+        words, code = f"error: {error}", 2
+    else:
+        return None
+    return "; ".join([words, *getattr(error, "__notes__", [])]), code
+
+
 def one_sentence(main):
     """Make errors a user can cause one sentence on stderr and exit code 2, not a traceback.
 
-    Set the environment variable DFSS_TRACEBACK to see where the error arose.
+    SIGTERM is taken like Ctrl-C; the exit code of both is 128 + the signal's number. Set the
+    environment variable DFSS_TRACEBACK to see where an error arose.
     """
+    def interrupt(number, frame):
+        raise KeyboardInterrupt(number)
+
     @wraps(main)
     def program():
+        signal.signal(signal.SIGTERM, interrupt)
         try:
             main()
-        except (ValueError, OSError) as error:
-            if os.environ.get("DFSS_TRACEBACK"):
+        except (Exception, KeyboardInterrupt) as error:
+            said = sentence(error)
+            if said is None or os.environ.get("DFSS_TRACEBACK"):
                 raise
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise SystemExit(130) from None
+            print(said[0], file=sys.stderr)
+            raise SystemExit(said[1]) from None
     return program

@@ -10,7 +10,10 @@ import dataclasses
 import hashlib
 import json
 import platform
+import shlex
 import subprocess
+import sys
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from evaluate import named_iou
 
 # Options that say where or how a run is computed, not what it computes.
 NEUTRAL = {"out", "resume", "dry_run", "device", "workers", "download"}
+TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}      # file names that are not UTF-8, too
 
 
 def differences(cfg, recorded):
@@ -51,7 +55,8 @@ def open_run(cfg):
     else:
         out = Path(cfg.out)
     # A run that failed before its first result, over a mistyped path say, leaves config.json only.
-    if out.is_dir() and any(path.name != "config.json" for path in out.iterdir()):
+    # What begins with a dot is what a killed program was about to write.
+    if out.is_dir() and any(p.name != "config.json" and p.name[0] != "." for p in out.iterdir()):
         if not cfg.resume:
             raise ValueError(f"{out} is not empty; choose another --out, or add --resume to go on "
                              "with the run in it")
@@ -67,10 +72,53 @@ def open_run(cfg):
     return out
 
 
+@contextmanager
+def resumable(out):
+    """Add to an interruption, a full disk and the like the command that goes on from there."""
+    try:
+        yield
+    except (KeyboardInterrupt, OSError, RuntimeError) as error:
+        if not isinstance(error, FileNotFoundError | torch.OutOfMemoryError):
+            more = [] if "--resume" in sys.argv else ["--resume", "--out", str(out)]
+            error.add_note(f"go on with: {shlex.join(['python', *sys.argv, *more])}")
+        raise
+
+
+def in_folder(run, cfg):
+    """Return run(cfg, the folder of this run); if it is interrupted, the error says how to go on.
+    """
+    out = open_run(cfg)
+    with resumable(out):
+        return run(cfg, out)
+
+
+def read_csv(path):
+    """Return the rows of a table, as text."""
+    with open(path, newline="", **TEXT) as file:
+        return list(csv.reader(file))
+
+
 def write_csv(path, header, rows):
     """Write a table."""
-    with checkpoint.atomic(path) as temporary, open(temporary, "w", newline="") as file:
+    with checkpoint.atomic(path) as temporary, open(temporary, "w", newline="", **TEXT) as file:
         csv.writer(file).writerows([header, *rows])
+
+
+def write_choice(out, chosen, left_out=()):
+    """Write chosen.csv and skipped.csv: what distill.select returned, data.leave_out left out.
+
+    Raises ValueError if training has begun here on other images, as when the pool has changed.
+    """
+    files = [str(path) for path in chosen["files"]]
+    if (out / "state.pt").exists() and files != [r[0] for r in read_csv(out / "chosen.csv")[1:]]:
+        raise ValueError(f"the run in {out} began with other images of the pool, those in its "
+                         "chosen.csv; put these back and resume, or choose another --out")
+    write_csv(out / "chosen.csv", ("file", "distance", "weight"), zip(
+        files, chosen["distances"].tolist(), chosen["weights"].tolist(), strict=True))
+    write_csv(out / "skipped.csv", ("reason",), [[why] for why in (*chosen["skipped"], *left_out)])
+    if left_out:
+        print(f"            warning: {len(left_out)} images of the pool are also among those to "
+              "evaluate on; they were left out (skipped.csv)")
 
 
 def environment(device):

@@ -25,7 +25,7 @@ from ads_sampler import mean_shift, moment_features, score_pool
 from baselines import PREDICTION_SCORES, prediction_scores
 from bn_stats import bn_distance, capture_bn_inputs
 from checkpoint import atomic
-from data import Pool
+from data import Pool, loaded
 from evaluate import as_input
 from models import fingerprint, segmentation_logits
 
@@ -98,7 +98,7 @@ def score(teacher, layers, files, size, cfg, part=None, store=None, prepare=None
         todo = range(len(scores), len(files))
         if todo:
             loader = DataLoader(Subset(pool, todo), BATCH, num_workers=cfg.workers)
-            bar = tqdm(loader, desc="scoring", mininterval=1)
+            bar = tqdm(loaded(loader), desc="scoring", mininterval=1, total=len(loader))
             scores = torch.cat([scores, score_pool(score_batch, bar)])
         if store:
             with atomic(store) as temporary:
@@ -106,7 +106,11 @@ def score(teacher, layers, files, size, cfg, part=None, store=None, prepare=None
         if part:
             part.unlink()
     bad = (~scores.isfinite().all(dim=1)).nonzero().squeeze(1).tolist()
-    return scores, [pool[i][1] or f"{files[i]}: it could not be scored" for i in bad]
+    reasons = [pool[i][1] or f"{files[i]}: it could not be scored" for i in bad]
+    if len(bad) > len(files) / 2:
+        raise ValueError(f"{len(bad)} of {len(files)} files of the pool cannot be used, more than "
+                         f"half; the first is {reasons[0]}")
+    return scores, reasons
 
 
 def verdict(scores, chosen):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import checkpoint
 import records
 import scenes
-from data import DATASETS, IGNORE, Batches, open_labelled
+from data import DATASETS, IGNORE, Batches, check_labels, open_labelled
 from evaluate import evaluate, report
 from models import MODELS, build_model
 from options import one_sentence, option, parse
@@ -76,15 +76,13 @@ def cross_entropy(logits, target):
 def train_teacher(cfg):
     """Train as `cfg` says, write <out>/teacher.pt, return (model in eval mode, metrics)."""
     out = Path(cfg.out)
-    if (out / "teacher.pt").exists() or ((out / "state.pt").exists() and not cfg.resume):
-        raise ValueError(f"{out} already holds a teacher or a part of one; choose another --out, "
-                         "or use --resume to finish an interrupted run")
+    if (out / "teacher.pt").exists():
+        raise ValueError(f"{out} already holds a teacher; choose another --out")
+    records.open_run(cfg)
     device = pick_device(cfg.device)
     size = cfg.image_size or DATASETS[cfg.dataset][1]
     data = open_labelled(cfg.dataset, cfg.data_root, cfg.split, size, cfg.num_classes, cfg.download)
-    step = max(1, len(data) // 2000)
-    for i in tqdm(range(0, len(data), step), desc="checking labels", leave=False):
-        data[i]                                     # a bad label is found before hours of training
+    check_labels(data)                              # a bad one is found before hours of training
 
     torch.manual_seed(cfg.seed)
     model = build_model(cfg.model, len(data.class_names), class_names=data.class_names,
@@ -129,7 +127,8 @@ def builtin_teacher(size=None, device="auto", amp="auto"):
 def main(argv=None):
     """Train a teacher from the command line; return its metrics."""
     cfg = parse(Config, argv, "Train a segmentation network on labelled images.")
-    metrics = train_teacher(cfg)[1]
+    with records.resumable(cfg.out):
+        metrics = train_teacher(cfg)[1]
     print(f"{cfg.out}/teacher.pt written" + (f", mIoU {100 * metrics['miou']:.1f} % on "
                                              f"{cfg.eval_split}" if "miou" in metrics else ""))
     return metrics

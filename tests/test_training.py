@@ -1,6 +1,10 @@
 """training.py: the learning rate by hand, runs that resume to the bit, and losses that blow up."""
 
+import errno
 import math
+import os
+import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,19 +14,26 @@ from torch.utils.data import Dataset
 
 import checkpoint
 import training
+from data import Batches
 from models import fingerprint
+from options import one_sentence
 from training import fit, learning_rate, pick_amp, pick_device
 
 
 class Noise(Dataset):
-    """Batch t is (images, slots), a function of t alone."""
+    """Batch t is (images, slots), a function of t alone, as data.Batches."""
+
+    files = [f"{i}.jpg" for i in range(4)]
+
+    def slots(self, t):
+        return (torch.arange(4) + t) % 4
 
     def __len__(self):
         return 1000
 
     def __getitem__(self, t):
         generator = torch.Generator().manual_seed(t)
-        return torch.rand(4, 3, 8, 8, generator=generator), torch.arange(4)
+        return torch.rand(4, 3, 8, 8, generator=generator), self.slots(t)
 
 
 def network(seed=0):
@@ -112,10 +123,10 @@ def test_a_state_changes_nothing_and_a_finished_run_is_not_trained_again(often, 
 
 
 def test_the_number_of_loader_workers_does_not_matter(often):
-    models = [network(), network()]
-    curves = [fit(model, loss_of(model), Noise(), 4, 0.1, workers=workers)
-              for model, workers in zip(models, (0, 2), strict=True)]
-    assert curves[0] == curves[1] and fingerprint(models[0]) == fingerprint(models[1])
+    models = [network() for _ in range(3)]
+    curves = [fit(model, loss_of(model), Noise(), 9, 0.1, workers=workers)
+              for model, workers in zip(models, (0, 1, 4), strict=True)]
+    assert curves[0] == curves[1] == curves[2] and len(set(map(fingerprint, models))) == 1
 
 
 def test_dropout_depends_on_seed_and_step_alone():
@@ -135,21 +146,136 @@ def test_dropout_depends_on_seed_and_step_alone():
     assert len(set(drawn)) == 9                                  # three steps of three seeds
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_signal_waits_for_the_end_of_the_step_saves_and_resumes_to_the_bit(tmp_path, number,
+                                                                             workers):
+    whole, torn, resumed = network(), network(), network(seed=9)
+    curve = fit(whole, loss_of(whole), Noise(), 12, 0.1)
+    before = signal.getsignal(number)
+
+    def batch_loss(progress, images, slots):
+        loss = loss_of(torn)(progress, images, slots)            # BatchNorm has moved already
+        if progress > 6 / 12:
+            os.kill(os.getpid(), number)
+        return loss
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fit(torn, batch_loss, Noise(), 12, 0.1, state_path=tmp_path / "s.pt", workers=workers)
+    assert caught.value.args == (number,) and signal.getsignal(number) == before
+    assert checkpoint.load(tmp_path / "s.pt")["step"] == 8
+    again = fit(resumed, loss_of(resumed), Noise(), 12, 0.1, state_path=tmp_path / "s.pt")
+    assert again == curve and fingerprint(resumed) == fingerprint(whole)
+
+
+def test_a_second_signal_acts_at_once(tmp_path):
+    model = network()
+
+    def batch_loss(progress, images, slots):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("went on")
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fit(model, batch_loss, Noise(), 12, 0.1, state_path=tmp_path / "s.pt")
+    assert caught.value.args == () and not (tmp_path / "s.pt").exists()
+
+
+def test_a_state_is_saved_at_least_every_so_many_seconds_and_at_the_end(tmp_path, monkeypatch):
+    saved, clock, model = [], iter(range(100)), network()
+    monkeypatch.setattr(training.checkpoint, "save", lambda state, path: saved.append(state))
+    monkeypatch.setattr(training, "SAVE_SECONDS", 7)
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: 2 * next(clock)))
+    fit(model, loss_of(model), Noise(), 13, 0.1, state_path=tmp_path / "s.pt")
+    assert [state["step"] for state in saved] == [4, 8, 12, 13]
+    assert all(value.isfinite().all() for value in saved[0]["model"].values())
+
+
+def test_a_file_that_vanishes_stops_with_its_name_and_training_goes_on_when_it_is_back(
+        tmp_path, pool_folder):
+    files, state = sorted(pool_folder.iterdir()), tmp_path / "s.pt"
+
+    def train(seed, **how):
+        model = network(seed)
+        batches = Batches(files, (8, 8), 4, 0)
+        return fit(model, loss_of(model), batches, 12, 0.1, **how), fingerprint(model)
+
+    whole = train(0)
+    gone = files[Batches(files, (8, 8), 4, 0).slots(5)[2]]
+    gone.rename(tmp_path / "elsewhere")
+    for workers in (0, 1):
+        with pytest.raises(OSError, match=rf"^{gone}: FileNotFoundError.*; put this file") as error:
+            train(0, state_path=state, workers=workers)
+        assert "\n" not in str(error.value) and checkpoint.load(state)["step"] == 5
+    (tmp_path / "elsewhere").rename(gone)
+    assert train(9, state_path=state) == whole
+
+
+class Deadly(Noise):
+    """A data set whose fourth batch kills the process that loads it, as want of memory does."""
+
+    def __getitem__(self, t):
+        if t == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(t)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_loading_process_that_dies_is_one_sentence_and_hangs_nothing(capsys):
+    model = network()
+    with pytest.raises(SystemExit):
+        one_sentence(lambda: fit(model, loss_of(model), Deadly(), 12, 0.1, workers=1))()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: a process that loads images died") and "--workers" in last
+
+
+def test_a_disk_that_fills_up_stops_with_the_last_good_state(often, tmp_path, monkeypatch):
+    whole, torn, resumed, state = network(), network(), network(seed=9), tmp_path / "s.pt"
+    curve = fit(whole, loss_of(whole), Noise(), 12, 0.1)
+
+    def full(source, target):
+        if checkpoint.load(source)["step"] == 8:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rename(source, target)
+
+    rename = os.replace
+    monkeypatch.setattr(checkpoint.os, "replace", full)
+    with pytest.raises(OSError, match=r"could not write .*s\.pt: No space left.*free some space"):
+        fit(torn, loss_of(torn), Noise(), 12, 0.1, state_path=state)
+    assert checkpoint.load(state)["step"] == 4 and os.listdir(tmp_path) == ["s.pt"]
+    monkeypatch.setattr(checkpoint.os, "replace", rename)
+    assert fit(resumed, loss_of(resumed), Noise(), 12, 0.1, state_path=state) == curve
+    assert fingerprint(resumed) == fingerprint(whole)
+
+
 # ---------------------------------------------------------------- losses that blow up
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_the_run_names_the_steps_and_saves_nothing(often, tmp_path,
-                                                                                   bad):
+def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_saves_nothing(often, tmp_path,
+                                                                                  bad):
     model, steps = network(), iter(range(1, 13))
 
     def batch_loss(progress, images, slots):
         return model(images).square().mean() + (bad if next(steps) == 7 else 0)
 
-    with pytest.raises(ValueError, match=r"loss became (nan|inf) .*between steps 7 and 8; lower"):
+    with pytest.raises(ValueError, match=r"the loss became infinite or NaN at step 7 on 2\.jpg, "
+                                         r"3\.jpg, 0\.jpg, 1\.jpg; lower --lr"):
         fit(model, batch_loss, Noise(), 12, 0.1, state_path=tmp_path / "s.pt")
     state = checkpoint.load(tmp_path / "s.pt")
     assert state["step"] == 4 and [step for step, _ in state["curve"]] == [2, 4]
     assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_the_term_and_the_file_that_are_not_finite_are_named(often):
+    model = network()
+
+    def batch_loss(progress, images, slots):
+        each = model(images).square().mean((1, 2, 3))                                # (B,)
+        broken = each + torch.where(slots == 2, math.inf, 0.0) * (progress >= 0.5)   # 0 inf = NaN
+        return each.mean() + 0 * broken.mean(), {"pixelwise": each, "pairwise": broken}
+
+    with pytest.raises(ValueError, match=r"^pairwise became infinite or NaN at step 1 on 2\.jpg;"):
+        fit(model, batch_loss, Noise(), 12, 0.1)
 
 
 def test_weights_that_are_not_finite_behind_a_finite_loss_are_not_saved(often, tmp_path):
@@ -159,13 +285,9 @@ def test_weights_that_are_not_finite_behind_a_finite_loss_are_not_saved(often, t
         loss = model(images).square().mean()                     # at 8, the slope of sqrt(0) is inf
         return loss if next(steps) != 8 else (0 * loss).sqrt()
 
-    with pytest.raises(ValueError, match="between steps 7 and 8"):
+    with pytest.raises(ValueError, match="weights became infinite or NaN between steps 7 and 8"):
         fit(model, batch_loss, Noise(), 12, 0.1, state_path=tmp_path / "s.pt")
     assert checkpoint.load(tmp_path / "s.pt")["step"] == 4
-
-
-def test_the_loss_is_looked_at_before_every_state_that_is_saved():
-    assert training.SAVE_EVERY % training.CHECK_EVERY == 0
 
 
 # ---------------------------------------------------------------- devices and mixed precision
