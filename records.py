@@ -79,7 +79,8 @@ def resumable(out):
         yield
     except (KeyboardInterrupt, OSError, RuntimeError) as error:
         if not isinstance(error, FileNotFoundError | torch.OutOfMemoryError):
-            more = [] if "--resume" in sys.argv else ["--resume", "--out", str(out)]
+            more = [word for option, words in (("--resume", ()), ("--out", (str(out),)))
+                    if option not in sys.argv for word in (option, *words)]
             error.add_note(f"go on with: {shlex.join(['python', *sys.argv, *more])}")
         raise
 

@@ -1,7 +1,9 @@
 """data.py against hand-computed geometry and the data sets' own layouts; what batches promise."""
 
 import itertools
+import os
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -9,8 +11,11 @@ import torch
 import torchvision
 from PIL import Image
 
-from data import (CITYSCAPES, Batches, Pool, class_colours, find_images, hold_out, load_image,
-                  open_labelled, to_tensor, view, whole_view)
+import checkpoint
+import evaluate
+from data import (CITYSCAPES, Batches, Pool, check_labels, class_colours, find_images, hold_out,
+                  leave_out, load_image, open_labelled, to_tensor, view, whole_view)
+from models import build_model
 
 
 def coordinates(width, height, blue=0):
@@ -143,6 +148,107 @@ def test_the_pool_returns_the_reason_instead_of_raising(tmp_path):
     assert len(pool) == 2 and nothing == "" and "bad.png" in reason
     assert torch.equal(good, to_tensor(view(coordinates(60, 40), (20, 30))))
     assert torch.equal(zeros, torch.zeros(3, 20, 30, dtype=torch.uint8))
+
+
+# ---------------------------------------------------------------- what is found in a wild pool
+
+def test_odd_pictures_are_read_without_a_warning_and_always_the_same(tmp_path):
+    frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue")]
+    clear = Image.fromarray(np.arange(1200, dtype=np.uint8).reshape(30, 40) % 4)
+    clear.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200, 9, 9, 9])
+    tall = Image.fromarray(np.arange(5000 * 3, dtype=np.uint8).reshape(5000, 1, 3))
+    odd = [write(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:]),
+           write(tmp_path / "a.webp", frames[0], save_all=True, append_images=frames[1:]),
+           write(tmp_path / "clear.png", clear, transparency=bytes([0, 128, 255, 7])),
+           write(tmp_path / "clear.gif", clear, transparency=2),
+           write(tmp_path / "dot.png", Image.new("RGB", (1, 1), "red")),
+           write(tmp_path / "tall.png", tall),
+           write(tmp_path / "wide.png", tall.transpose(Image.ROTATE_90)),
+           write(tmp_path / os.fsdecode(b"caf\xe9 \n.jpg"), frames[0])]
+    with warnings.catch_warnings(action="error"):
+        views = [Pool(odd, (20, 30))[i] for i in range(len(odd))]
+        batches = Batches(odd, (20, 30), len(odd), seed=0)
+        assert batches[0][0].shape == (len(odd), 3, 20, 30) and find_images(tmp_path) == sorted(odd)
+    assert [error for _, error in views] == [""] * len(odd)
+    for path, red in zip(odd, (1, 1, 0, 0, 1, 0, 0, 1), strict=True):
+        assert np.array_equal(load_image(path), load_image(path))
+        assert not red or load_image(path).getpixel((0, 0))[0] > 250         # the first frame
+    assert views[2][0].unique(dim=1).numel() > 3                 # transparent, yet with its colours
+
+
+def test_a_decompression_bomb_is_skipped_and_a_large_picture_is_read_small(tmp_path, monkeypatch):
+    jpeg = write(tmp_path / "large.jpg", Image.new("RGB", (4000, 3000), "red"))
+    png = write(tmp_path / "bomb.png", Image.new("1", (4000, 3000)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000 * 3000 - 1)       # beyond it, a warning
+    with warnings.catch_warnings(action="error"):
+        assert load_image(jpeg, (90, 150)).size == (500, 375)
+        assert load_image(png).size == (4000, 3000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000 * 3000 // 2 - 1)  # beyond twice, an error
+    reason = Pool([png], (20, 30))[0][1]
+    assert "bomb.png: DecompressionBombError" in reason
+
+
+def test_links_in_a_circle_and_to_nowhere_are_named_not_followed(tmp_path):
+    good = write(tmp_path / "pool" / "good.png", coordinates(60, 40))
+    (tmp_path / "pool" / "round").symlink_to(tmp_path / "pool")
+    (tmp_path / "pool" / "self.png").symlink_to(tmp_path / "pool" / "self.png")
+    (tmp_path / "pool" / "nowhere.png").symlink_to(tmp_path / "nowhere")
+    files = find_images(tmp_path / "pool")
+    assert [path.name for path in files] == ["good.png", "nowhere.png", "self.png"]
+    errors = [error for _, error in (Pool(files, (20, 30))[i] for i in range(3))]
+    assert errors[0] == "" and "nowhere.png: FileNotFound" in errors[1] and "self.png" in errors[2]
+    assert leave_out(files, [files[2], good])[0] == files[1:]
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_is_named(tmp_path):
+    path = write(tmp_path / "a.png", coordinates(60, 40))
+    path.chmod(0)
+    assert "a.png: PermissionError" in Pool([path], (20, 30))[0][1]
+
+
+def mutations(folder, count, seed):
+    """Yield `count` files made from good pictures: bytes changed, cut, doubled or zeroed."""
+    good, rng = [], np.random.default_rng(seed)
+    for suffix in ("jpg", "png", "gif", "webp", "bmp", "tif"):
+        path = write(folder / f"good.{suffix}", coordinates(64, 48))
+        good.append((suffix, np.frombuffer(path.read_bytes(), dtype=np.uint8)))
+    for i in range(count):
+        suffix, content = good[rng.integers(len(good))]
+        content, at = content.copy(), np.sort(rng.integers(0, len(content), 2))
+        if rng.random() < 0.3:                                   # most of a format is in its head
+            at //= 16
+        match rng.integers(4):
+            case 0:
+                where = rng.integers(0, len(content), rng.integers(1, 20))
+                content[where] = rng.integers(0, 256, len(where))
+            case 1:
+                content = content[:at[1]]
+            case 2:
+                content = np.concatenate([content[:at[1]], content[at[0]:]])
+            case 3:
+                content[at[0]:at[1]] = 0
+        path = folder / f"{i}.{suffix}"
+        path.write_bytes(content.tobytes())
+        yield path
+
+
+def test_damaged_pictures_are_read_or_named_and_nothing_else(tmp_path):
+    files = list(mutations(tmp_path, 200, seed=0))
+    pool = Pool(files, (20, 30))
+    errors = [pool[i][1] for i in range(200)]
+    assert 20 < sum(map(bool, errors)) < 180
+    assert all(not error or str(path) in error for path, error in zip(files, errors, strict=True))
+
+
+def test_files_of_the_same_content_as_others_are_left_out_by_content_not_by_name(tmp_path):
+    ours = [write(tmp_path / "pool" / f"{i}.bmp", coordinates(6, 4, blue=i)) for i in range(4)]
+    theirs = [write(tmp_path / "val" / name, coordinates(6, 4, blue=blue))
+              for name, blue in (("x.bmp", 2), ("0.bmp", 9))]
+    kept, twins = leave_out(ours, theirs)                        # all of one size in bytes
+    assert kept == [ours[0], ours[1], ours[3]]
+    assert twins == [f"{ours[2]}: the same image as {theirs[0]}, which is evaluated on"]
+    assert leave_out(ours[:1], [tmp_path / "gone.bmp"]) == (ours[:1], [])
 
 
 @pytest.mark.parametrize(("count", "held"), [(20, 1), (41, 3), (4000, 200), (10_000, 200)])
@@ -351,6 +457,26 @@ def test_cityscapes_has_its_official_colours():
     colours = class_colours(CITYSCAPES)
     assert len(colours) == 19
     assert (colours[0], colours[13], colours[18]) == ((128, 64, 128), (0, 0, 142), (119, 11, 32))
+
+
+def test_labels_are_counted_and_shown_over_their_images(tmp_path, capsys):
+    for name, values in (("a.png", [0, 0, 1, 255]), ("b.png", [1, 2, 2, 2])):
+        folder(tmp_path, coordinates(4, 1), mask(values), name)
+    data = open_labelled("folder", tmp_path, "val", (8, 32), 3)
+    pixels, sizes = check_labels(data)
+    assert pixels.tolist() == [2, 2, 3, 1] and sizes == {(1, 4): 2}
+    assert check_labels(data, most=1)[0].sum() == 4
+    checkpoint.save_model(build_model("resnet_tiny", 3), tmp_path / "m.pt", image_size=[8, 32])
+    evaluate.main(f"--dataset folder --data-root {tmp_path} --checkpoint {tmp_path}/m.pt "
+                  f"--image-size 8 32 --check-data --out {tmp_path}/check.png".split())
+    said = capsys.readouterr().out
+    assert "2 images with labels, 2 of them opened; sizes 2 of 1x4" in said
+    for line in ("class 2 37.50 % of the pixels", "void 12.50 % of the pixels"):
+        assert line in " ".join(said.split())
+    shown = np.asarray(Image.open(tmp_path / "check.png"))
+    assert shown.shape == (8, 4 * 32, 3)
+    assert np.abs(shown[4, 2].astype(int) - [0, 0, 0]).max() < 3          # class 0 is black, x is 0
+    assert np.abs(shown[4, 20].astype(int) - [65, 0, 0]).max() < 3        # class 1: (128, 0, 0) / 2
 
 
 def test_classes_have_pascal_vocs_colours():

@@ -1,8 +1,14 @@
 """distill.py end to end on a miniature world: what it promises, and what it says when it cannot."""
 
 import csv
+import itertools
 import json
+import os
+import random
+import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from collections import OrderedDict
@@ -18,7 +24,7 @@ import checkpoint
 import distill
 import scenes
 import train_teacher
-from models import build_model
+from models import build_model, fingerprint
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -114,6 +120,105 @@ def test_an_interrupted_run_resumes_to_the_same_student(world, tmp_path, monkeyp
     run(world, "--resume", out=tmp_path / "b")
     assert len(calls) == 4 + 2                                    # steps 3 and 4 only
     assert identical(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def kill_after(calls, work):
+    """Do `work` in a forked process, which dies by SIGKILL at its n-th function call.
+
+    Return (exit code, calls made if it lived to tell).
+    """
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        made = itertools.count(1)
+
+        def count(*_):
+            if next(made) == calls:
+                os.kill(os.getpid(), signal.SIGKILL)
+        code = 1
+        try:
+            sys.setprofile(count)
+            work()
+            sys.setprofile(None)
+            os.write(send, str(next(made)).encode())
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(send)
+    _, status = os.waitpid(child, 0)
+    with open(receive) as told:
+        return os.waitstatus_to_exitcode(status), int(told.read() or 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_run_killed_at_any_moment_resumes_to_the_same_student(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.SAVE_EVERY", 2)
+    monkeypatch.setattr(distill.plots, "story", lambda *_: None)
+    teach = (f"--dataset folder --num-classes 8 --data-root {world} --image-size 32 48 --steps 6 "
+             "--batch-size 4 --amp off --resume --out").split()
+
+    def work(out):
+        if not (out / "t" / "teacher.pt").exists():
+            train_teacher.main([*teach, f"{out}/t"])
+        if not (out / "s" / "metrics.json").exists():
+            resume = ["--resume"] if (out / "s" / "config.json").exists() else []
+            run(world, "--teacher", f"{out}/t/teacher.pt", "--steps", 6, *resume, out=out / "s")
+
+    monkeypatch.setattr("scoring.STORE", tmp_path / "scores of a")
+    code, calls = kill_after(0, lambda: work(tmp_path / "a"))
+    assert code == 0
+    monkeypatch.setattr("scoring.STORE", tmp_path / "scores of b")
+    rng = random.Random(0)
+    moments = [round(calls * (i + rng.random()) / 8) for i in (0, 3, 1, 2, 2)]    # all stages
+    codes = [kill_after(moment, lambda: work(tmp_path / "b"))[0] for moment in moments]
+    assert codes.count(-signal.SIGKILL) >= 3 and set(codes) <= {0, -signal.SIGKILL}
+    work(tmp_path / "b")
+    assert identical(weights(tmp_path / "a/s"), weights(tmp_path / "b/s"))
+    assert chosen(tmp_path / "a/s") == chosen(tmp_path / "b/s")
+
+
+def test_the_default_run_asks_nothing_of_the_network(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("something reached for the network")
+
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, refuse)
+    monkeypatch.chdir(tmp_path)
+    write, fit = scenes.write_scenes, train_teacher.fit               # the same path, but short
+    monkeypatch.setattr(scenes, "write_scenes", lambda root, size, progress: write(
+        root, size=size, train=8, val=2, pool=24))
+    monkeypatch.setattr(train_teacher, "fit", lambda *args: fit(*args[:3], 4, *args[4:]))
+    words = shlex.split("--image-size 32 48 --budget 8 --steps 2 --batch-size 4")
+    assert distill.main(words)["updates"] == 2 and (tmp_path / "runs/001/figure.png").exists()
+
+
+def test_the_teacher_keeps_every_bit_also_in_mixed_precision(world, tmp_path, monkeypatch):
+    seen, prepare = [], distill.prepare
+    monkeypatch.setattr(distill, "prepare", lambda cfg: seen.append(prepare(cfg)) or seen[0])
+    monkeypatch.setattr(distill.plots, "story", lambda *_: None)
+    run(world, "--amp", "bfloat16", out=tmp_path / "a")
+    on_disk = checkpoint.load_model(world / "teacher/teacher.pt")[0]
+    assert fingerprint(seen[0][0]) == fingerprint(on_disk) and not seen[0][0].training
+
+
+def test_images_to_evaluate_on_are_left_out_of_the_pool(world, tmp_path, capsys):
+    pool = tmp_path / "pool"
+    shutil.copytree(world / "pool", pool)
+    shutil.copy(world / "val/images/0001.png", pool / "sneaked in.png")
+    metrics = run(world, "--pool", pool, "--budget", 40, "--dry-run", out=tmp_path / "a")
+    assert metrics["pool_images"] == 40 and len(chosen(tmp_path / "a")) == 40
+    assert "warning: 1 images of the pool" in capsys.readouterr().out
+    assert "sneaked in.png: the same image as" in (tmp_path / "a/skipped.csv").read_text()
+    assert "sneaked" not in (tmp_path / "a/chosen.csv").read_text()
+
+
+def test_a_pool_that_is_mostly_unreadable_stops_the_run(world, tmp_path):
+    pool = tmp_path / "pool"
+    shutil.copytree(world / "pool", pool)
+    for path in sorted(pool.iterdir())[:21]:
+        path.write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match=r"21 of 40 files of the pool.*the first is .*0000\.png"):
+        run(world, "--pool", pool, out=tmp_path / "a")
 
 
 def test_the_ladder_differs_by_one_option_a_row(world, tmp_path):
@@ -265,6 +370,7 @@ def test_labels_out_of_range_stop_the_run_with_the_file_named(world, tmp_path):
     Image.new("L", (48, 32), 9).save(bad)
     with pytest.raises(ValueError, match=rf"{bad.name} holds the label values \[9\]"):
         run(copy, out=tmp_path / "a")
+    assert os.listdir(tmp_path / "a") == ["config.json"]          # found before anything was done
 
 
 def test_on_the_command_line_an_error_is_one_line_and_exit_code_2(tmp_path):

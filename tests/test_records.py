@@ -3,7 +3,12 @@
 import csv
 import dataclasses
 import json
+import os
+import shlex
+import sys
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +16,8 @@ import torch
 
 import records
 from options import one_sentence, option, parse
-from records import closing, differences, digest, environment, metrics, open_run, write_csv
+from records import (closing, differences, digest, environment, in_folder, metrics, open_run,
+                     read_csv, write_choice, write_csv)
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,37 @@ def started(cfg):
 
 
 # ---------------------------------------------------------------- folders of runs
+
+@pytest.mark.parametrize(("argv", "told"), [
+    ("distill.py --pool 'my photos'", "distill.py --pool 'my photos' --resume --out runs/001"),
+    ("distill.py --out runs/001 --lr 1", "distill.py --out runs/001 --lr 1 --resume"),
+    ("distill.py --resume --out runs/001", "distill.py --resume --out runs/001")])
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys, argv, told):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", shlex.split(argv))
+
+    def stopped(cfg, out, error):
+        raise error
+
+    for error, words, code in ((KeyboardInterrupt(), "interrupted", 130),
+                               (KeyboardInterrupt(15), "interrupted", 143),
+                               (OSError("disk full"), "error: disk full", 2)):
+        with pytest.raises(SystemExit) as caught:
+            one_sentence(lambda e=error: in_folder(partial(stopped, error=e), Config()))()
+        (tmp_path / "runs/001/config.json").unlink()
+        (tmp_path / "runs/001").rmdir()
+        assert caught.value.code == code
+        assert capsys.readouterr().err == f"{words}; go on with: python {told}\n"
+    with pytest.raises(SystemExit):
+        one_sentence(lambda: in_folder(partial(stopped, error=FileNotFoundError("x")), Config()))()
+    assert capsys.readouterr().err == "error: x\n"              # no use in going on with a typo
+
+
+def test_what_a_killed_program_was_about_to_write_is_no_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.json.123").write_text("{")
+    assert open_run(Config(out=str(tmp_path / "run"))) == tmp_path / "run"
+
 
 def test_runs_get_the_next_free_number(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -92,6 +129,27 @@ def test_a_table_is_read_back_by_the_csv_module(tmp_path):
     with open(tmp_path / "t.csv", newline="") as file:
         assert list(csv.reader(file)) == [["file", "weight"], ["a,b.png", "0.5"],
                                           ['say "x"', "1e-09"]]
+
+
+def test_file_names_of_any_bytes_come_back_from_a_table(tmp_path):
+    names = ["a b.jpg", "two\nlines.jpg", "re\rturn\\.jpg", os.fsdecode(b"caf\xe9.jpg"), "\xe9.jpg"]
+    write_csv(tmp_path / "t.csv", ("file",), [[name] for name in names])
+    assert [row[0] for row in read_csv(tmp_path / "t.csv")[1:]] == names
+    assert b"caf\xe9.jpg" in (tmp_path / "t.csv").read_bytes()
+
+
+def test_a_run_does_not_go_on_with_other_images_than_it_began_with(tmp_path, capsys):
+    chosen = {"files": [Path("b.jpg"), Path("a.jpg")], "distances": torch.tensor([1.0, 2.0]),
+              "weights": torch.tensor([1.0, 0.0]), "skipped": ["c.jpg: broken"]}
+    write_choice(tmp_path, chosen, ["d.jpg: the same image as e.jpg"])
+    assert "warning: 1 images of the pool" in capsys.readouterr().out
+    assert read_csv(tmp_path / "skipped.csv")[1:] == [["c.jpg: broken"],
+                                                      ["d.jpg: the same image as e.jpg"]]
+    (tmp_path / "state.pt").touch()
+    write_choice(tmp_path, chosen)
+    with pytest.raises(ValueError, match="began with other images.*chosen.csv.*--out"):
+        write_choice(tmp_path, {**chosen, "files": chosen["files"][::-1]})
+    assert [row[0] for row in read_csv(tmp_path / "chosen.csv")[1:]] == ["b.jpg", "a.jpg"]
 
 
 def test_the_environment_is_recorded_with_and_without_git(monkeypatch, tmp_path):
@@ -204,6 +262,18 @@ def test_an_interruption_is_exit_code_130_and_a_bug_keeps_its_traceback(capsys):
         raise TypeError("a bug")
     with pytest.raises(TypeError):
         one_sentence(broken)()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried ..."),
+                                   MemoryError()])
+def test_out_of_memory_is_one_line_that_names_what_to_lower(error, capsys):
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as caught:
+        one_sentence(main)()
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and said.count("\n") == 1
+    assert "out of memory; lower --batch-size or --image-size" in said
 
 
 def test_a_program_without_an_error_returns_quietly(capsys):

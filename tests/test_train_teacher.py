@@ -1,5 +1,8 @@
 """train_teacher.py: the data owner's side, from labelled images to a checkpoint."""
 
+import os
+import signal
+
 import pytest
 import torch
 
@@ -7,6 +10,7 @@ import scenes
 import train_teacher
 from checkpoint import load_model
 from data import Batches
+from models import fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +52,31 @@ def test_a_finished_teacher_is_never_overwritten(owner, tmp_path):
     train(owner, "--out", tmp_path / "t")
     with pytest.raises(ValueError, match="already holds a teacher"):
         train(owner, "--out", tmp_path / "t", "--resume")
+
+
+def test_an_interrupted_teacher_resumes_to_the_bit_and_with_its_own_options_only(
+        owner, tmp_path, monkeypatch):
+    train(owner, "--out", tmp_path / "whole")
+    loss, calls = train_teacher.cross_entropy, []
+
+    def stopping(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*args)
+
+    monkeypatch.setattr(train_teacher, "cross_entropy", stopping)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        train(owner, "--out", tmp_path / "torn")
+    assert caught.value.args == (15,) and "--resume --out" in caught.value.__notes__[0]
+    with pytest.raises(ValueError, match="--resume"):
+        train(owner, "--out", tmp_path / "torn")
+    with pytest.raises(ValueError, match=r"another config \(lr: 0.1, now 0.2\)"):
+        train(owner, "--out", tmp_path / "torn", "--resume", "--lr", 0.2)
+    train(owner, "--out", tmp_path / "torn", "--resume")
+    assert len(calls) == 10
+    whole, torn = (load_model(tmp_path / name / "teacher.pt")[0] for name in ("whole", "torn"))
+    assert fingerprint(whole) == fingerprint(torn)
 
 
 def test_cross_entropy_is_minus_the_log_of_the_softmax():
