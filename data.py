@@ -99,7 +99,7 @@ def load_image(path, at_least=None):
                 # Twice the target keeps the later reduction antialiased. Orientation is not
                 # applied yet, so ask for the longer side both ways.
                 image.draft("RGB", (2 * max(at_least), 2 * max(at_least)))
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)           # a copy of a large one is dear
             if image.mode.startswith("I;16"):       # convert("RGB") would clip 16 bits to white
                 image = Image.fromarray((np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8))
             return image.convert("RGB")
