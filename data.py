@@ -75,7 +75,7 @@ def find_images(folder):
 
 def listed_images(path):
     """Return the files that the first column, `file`, of a CSV lists; see `find_images`."""
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = [row for row in csv.reader(file) if row]
     if len(rows) < 2 or rows[0][0] != "file":
         raise ValueError(f"{path} lists no images; expected a CSV whose first column is headed "

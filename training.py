@@ -30,7 +30,7 @@ from data import deaf, loaded
 
 CHECK_EVERY = 50          # steps between two looks at the loss; each look waits for the device
 SAVE_EVERY = 500          # steps between two resumable states, but never more than
-SAVE_SECONDS = 120        # so many seconds
+SAVE_SECONDS = 60         # so many seconds
 
 
 def pick_device(name):

@@ -12,7 +12,6 @@ Use it
     python -m experiments.compare --table results/scenes.json    # the table again
 """
 
-import csv
 import json
 import shlex
 import statistics
@@ -26,6 +25,7 @@ from pathlib import Path
 import plots
 from checkpoint import save_json
 from options import one_sentence, option, parse
+from records import read_csv
 
 UNIFORM = "--schedule uniform"
 RANDOM, CONFIDENCE = f"--sampling random {UNIFORM}", f"--sampling confidence {UNIFORM}"
@@ -103,11 +103,6 @@ def run_once(words, folder):
         if done.returncode:
             raise ValueError(f"distill.py {' '.join(words)} failed: {done.stderr[-500:]}")
     return json.loads((folder / "metrics.json").read_text())
-
-
-def read_csv(path):
-    with open(path, newline="") as file:
-        return list(csv.reader(file))
 
 
 def picks(folder, pool):

@@ -21,11 +21,11 @@ from bn_stats import METRICS, bn_distance, bn_layers, capture_bn_inputs
 from checkpoint import load_model
 from data import Pool, class_colours, find_images, load_image, view
 from evaluate import as_input
-from experiments.compare import read_csv
 from models import freeze
 from options import one_sentence, option, parse
 from plots import BLUE, GREY, ORANGE, strip, write
 from priority import effective_sample_size, progressive_weights, sample_weights
+from records import read_csv
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import evaluate
 from data import (CITYSCAPES, Batches, Pool, check_labels, class_colours, find_images, hold_out,
                   leave_out, load_image, open_labelled, to_tensor, view, whole_view)
 from models import build_model
+from records import write_csv
 
 
 def coordinates(width, height, blue=0):
@@ -169,6 +170,8 @@ def test_odd_pictures_are_read_without_a_warning_and_always_the_same(tmp_path):
         views = [Pool(odd, (20, 30))[i] for i in range(len(odd))]
         batches = Batches(odd, (20, 30), len(odd), seed=0)
         assert batches[0][0].shape == (len(odd), 3, 20, 30) and find_images(tmp_path) == sorted(odd)
+    write_csv(tmp_path / "list.csv", ("file",), [[path] for path in odd])
+    assert find_images(tmp_path / "list.csv") == odd                        # names of any bytes
     assert [error for _, error in views] == [""] * len(odd)
     for path, red in zip(odd, (1, 1, 0, 0, 1, 0, 0, 1), strict=True):
         assert np.array_equal(load_image(path), load_image(path))
