@@ -85,11 +85,12 @@ def spatial_moments(features, centre):
     """Return mean and biased variance over the pixels: (B, C, H, W), (C,) -> (B, C), (B, C).
 
     E[f^2] - E[f]^2 is cheaper than var_mean but cancels badly when the mean is large against the
-    spread. Around a centre c near the mean, such as the running mean, it does not.
+    spread. Around a centre near the mean, such as the running mean, it does not.
     """
-    shifted = features.float() - centre.view(1, -1, 1, 1)                    # (B, C, H, W)
-    mean = shifted.mean(dim=(2, 3))                                          # (B, C)
-    var = shifted.square().mean(dim=(2, 3)) - mean.square()                  # (B, C)
+    # One copy, then in place: on a CPU fresh memory costs more than the arithmetic.
+    f = features.to(torch.float32, copy=True).sub_(centre.view(1, -1, 1, 1))       # (B, C, H, W)
+    mean = f.mean(dim=(2, 3))                                                      # (B, C)
+    var = f.square_().mean(dim=(2, 3)) - mean.square()                             # (B, C)
     return mean + centre, var.clamp_min(0)
 
 
