@@ -2,16 +2,15 @@
 
 Idea
     Every BatchNorm layer of a trained network keeps, per channel, the mean and the variance of all
-    the feature maps it saw in training. Run one new image through the network, take the same two
-    numbers per channel, and compare: the nearer, the more the image resembles the training data.
-    No label, no training image and no prediction of the network is needed.
+    the maps it saw in training. Take the same two numbers of one new image and compare: the nearer,
+    the more it resembles the training data. No label, training image or prediction is needed.
 
 Equation
     d(x) = sum over layers of || mu(x) - mu_bn ||_2 + || var(x) - var_bn ||_2
 
 Paper
     DFSS (Sun & Wu, arXiv 2512.13175) gives the distance of one layer ("l2" below). Which layers
-    enter is not public; to add up all is our choice. "standardised" and "kl" are ours.
+    enter is not public; to add up all is our choice, as are "standardised" and "kl".
 
 Symbols
     B images, C channels, H W pixels, L layers.
@@ -33,7 +32,7 @@ Run it
     python bn_stats.py          (CPU, a second: these numbers, and why variances fall short)
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import torch
@@ -44,18 +43,16 @@ PRESETS = {"all": (0, 1), "early": (0, 1 / 3), "middle": (1 / 3, 2 / 3), "late":
 
 
 def bn_layers(model):
-    """Return {name: module} of the BatchNorm layers that remember; ValueError if there are none.
+    """Return {name: module} of the BatchNorm layers that remember, in `named_modules()` order.
 
-    Counted are BatchNorm2d, SyncBatchNorm and frozen variants (torchvision's, detectron2's) that
-    track running statistics, in the order of `model.named_modules()`.
+    Also SyncBatchNorm and frozen ones (torchvision's, detectron2's). ValueError if there are none.
     """
     layers = {name: m for name, m in model.named_modules()
-              if (isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm)
-                  or type(m).__name__.startswith("FrozenBatchNorm"))
-              and getattr(m, "running_mean", None) is not None}
+              if getattr(m, "running_mean", None) is not None
+              and (isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm)
+                   or type(m).__name__.startswith("FrozenBatchNorm"))}
     if not layers:
-        raise ValueError("the network has no 2-D BatchNorm layer with running statistics; DFSS "
-                         "needs a teacher with BatchNorm that tracks them")
+        raise ValueError("no 2-D BatchNorm layer tracks running statistics; take another teacher")
     return layers
 
 
@@ -95,32 +92,41 @@ def spatial_moments(features, centre):
 
 
 @contextmanager
-def capture_bn_inputs(model, layers=None):
+def capture_bn_inputs(model, layers=None, stop=False):
     """Collect, while the body runs `model`, the statistics of what enters its BatchNorm layers.
 
-        with capture_bn_inputs(teacher) as captured:
-            teacher(images)
-        captured["layer1.0.bn1"]        # -> (mean (B, C), variance (B, C)), float32
+        with capture_bn_inputs(teacher, few, stop=True) as captured:
+            teacher(images)                            # as far as the last of these layers
+        captured["layer1.0.bn1"]                       # (mean (B, C), variance (B, C)), float32
 
-    Differentiable. Only these small tensors are kept, never a feature map; of a layer called twice
-    the last call. Layers that saw 1x1 maps (behind a global pooling) are left out: one pixel has
-    no variance. layers: a sub-dict of `bn_layers(model)`; None means all. The hooks come off on
-    exit, also when the body raises. ValueError if a watched layer is in training mode: a forward
-    pass would overwrite the memory we came to read.
+    Differentiable. Only these small tensors are kept, of the last pass and a layer's first call in
+    it. A 1x1 map (behind a global pooling) is left out: it has no variance. layers: a sub-dict of
+    `bn_layers(model)`; None means all. stop: leave the body once each was called, with the same
+    statistics and gradients in less time, but no output. The hooks come off on exit, also when the
+    body raises. ValueError if a layer is in training mode: a pass would overwrite its memory.
     """
     layers = bn_layers(model) if layers is None else layers
     if any(layer.training for layer in layers.values()):
         raise ValueError("a BatchNorm layer is in training mode; call model.eval() first")
-    captured = {}
+    captured, unseen = {}, set(layers)
+
+    class AllSeen(BaseException):
+        """This capture's own way out of a pass: a network may catch an Exception."""
 
     def watch(module, args, name):
-        captured.pop(name, None)
-        if args[0].shape[-2:].numel() > 1:
-            captured[name] = spatial_moments(args[0], module.running_mean)
+        if name in unseen:
+            unseen.remove(name)
+            captured.pop(name, None)                   # of an earlier pass
+            if args[0].shape[-2:].numel() > 1:
+                captured[name] = spatial_moments(args[0], module.running_mean)
+        if stop and not unseen:
+            raise AllSeen
 
-    handles = [layers[name].register_forward_pre_hook(partial(watch, name=name)) for name in layers]
+    handles = [model.register_forward_pre_hook(lambda *_: unseen.update(layers))] + [
+        layer.register_forward_pre_hook(partial(watch, name=k)) for k, layer in layers.items()]
     try:
-        yield captured
+        with suppress(AllSeen):
+            yield captured
     finally:
         for handle in handles:
             handle.remove()
@@ -129,12 +135,11 @@ def capture_bn_inputs(model, layers=None):
 def bn_distance(captured, layers, metric="l2"):
     """Return how far each image is from the running statistics, layer by layer: (B, L).
 
-    captured: what `capture_bn_inputs` collected, a column per layer in it, in that order. layers:
-    {name: BatchNorm module}. Differentiable; >= 0, and 0 for the same statistics.
+    captured: of `capture_bn_inputs`, a column for each layer in it. layers: {name: module}.
+    Differentiable; >= 0. ValueError for an unknown metric or when nothing was captured.
       l2            ||mu - mu_bn|| + ||var - var_bn||              the paper's; large channels rule
       standardised  ||(mu - mu_bn) / s|| + ||var / s2 - 1||        ours; every channel counts alike
       kl            mean over channels of KL( N(mu, var + eps) || N(mu_bn, s2) )              ours
-    Raises ValueError for an unknown metric or when nothing was captured.
     """
     if metric not in METRICS or not captured:
         raise ValueError(f"expected a metric out of {METRICS}, and at least one layer that saw a "
@@ -158,41 +163,35 @@ def bn_distance(captured, layers, metric="l2"):
 def image_distances(model, images, layers=None, metric="l2"):
     """Return d(x) of each image, the sum over layers: (B, 3, H, W) -> (B,), no gradient.
 
-    images: normalised exactly as in the model's training, or the comparison is void. The score of
-    an image does not depend on the rest of the batch, beyond rounding. The model stays as it is.
+    images: normalised as in training. Whatever else is in the batch only matters by rounding.
     """
     layers = bn_layers(model) if layers is None else layers
-    with capture_bn_inputs(model, layers) as captured:
+    with capture_bn_inputs(model, layers, stop=True) as captured:
         model(images)
     return bn_distance(captured, layers, metric).sum(dim=1)
 
 
 def demo():
     """Print the worked example, then why the variance of one image lies below running_var."""
-    layer = nn.BatchNorm2d(2, eps=0.0).eval()
-    layer.running_mean, layer.running_var = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 5.0])
+    example = nn.BatchNorm2d(2, eps=0.0).eval()
+    example.running_mean, example.running_var = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 5.0])
     image = torch.tensor([[1.0, 1, 5, 5], [4, 4, 6, 6]]).view(1, 2, 2, 2)
-    rows = {"(the worked example)": [image_distances(layer, image, None, m) for m in METRICS]}
-
-    # 2,000 training "images": pixels scatter with variance 1 around the brightness of their
-    # image, and the brightnesses scatter with variance 1 around 0.
-    torch.manual_seed(0)
-    noise = torch.randn(2000, 8, 16, 16)
-    train, layer = noise + torch.randn(2000, 8, 1, 1), nn.BatchNorm2d(8, momentum=1.0)
-    layer(train)                                                   # fills the running statistics
+    torch.manual_seed(0)      # 2,000 "images": noise of variance 1 on brightnesses of variance 1
+    noise, layer = torch.randn(2000, 8, 16, 16), nn.BatchNorm2d(8, momentum=1.0)
+    layer(train := noise + torch.randn(2000, 8, 1, 1))             # fills the running statistics
     mean, var = spatial_moments(train, layer.eval().running_mean)              # (N, C) twice
     print(f"running_var {layer.running_var.mean():.2f} = {var.mean():.2f} (variance within an "
           f"image) + {mean.var(dim=0).mean():.2f} (between images): one image falls short\n")
-    probes = {"a training image (median of 2,000)": train,
-              "average brightness, contrast x 1": noise[:1],
-              "average brightness, contrast x 1.41": noise[:1] * 2 ** 0.5,
-              "average brightness, contrast x 0 (flat)": noise[:1] * 0,
-              "foreign: 3 units too bright": noise[:1] + 3}
-    for what, images in probes.items():
-        rows[what] = [image_distances(layer, images, None, m).median() for m in METRICS]
     print(f"{'':40s}" + "".join(f"{metric:>14s}" for metric in METRICS))
-    for what, row in rows.items():
-        print(f"{what:40s}" + "".join(f"{d.item():14.3f}" for d in row))
+    for what, network, images in (
+            ("(the worked example)", example, image),
+            ("a training image (median of 2,000)", layer, train),
+            ("average brightness, contrast x 1", layer, noise[:1]),
+            ("average brightness, contrast x 1.41", layer, noise[:1] * 2 ** 0.5),
+            ("average brightness, contrast x 0 (flat)", layer, noise[:1] * 0),
+            ("foreign: 3 units too bright", layer, noise[:1] + 3)):
+        row = [image_distances(network, images, None, m).median().item() for m in METRICS]
+        print(f"{what:40s}" + "".join(f"{d:14.3f}" for d in row))
     print("\nThe nearest has more contrast than any training image, and all but kl put a flat card "
           "beside\nthe training images: the price of asking one image for the variance of many.")
 

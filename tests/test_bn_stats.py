@@ -1,6 +1,8 @@
 """bn_stats.py against slow loops, DeepInversion's loss, and the numbers in its own docstring."""
 
 import math
+import weakref
+from contextlib import suppress
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 from bn_stats import (bn_distance, bn_layers, capture_bn_inputs, image_distances, select_layers,
                       spatial_moments)
+from models import SegmentationModel
 
 
 def example():
@@ -148,6 +151,18 @@ def test_the_distance_is_differentiable_with_respect_to_the_images():
     assert x.grad[0, 0, 2, 2].item() == pytest.approx(slope.item(), rel=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_moments_are_exact_in_every_precision_and_layout_and_leave_the_map_alone(dtype, layout):
+    features = (torch.randn(3, 4, 9, 7) + 2).to(dtype, memory_format=layout)
+    before = features.clone()
+    mean, var = spatial_moments(features, torch.full((4,), 1.5))
+    assert torch.equal(features, before) and mean.dtype == var.dtype == torch.float32
+    exact = features.double()
+    torch.testing.assert_close(mean.double(), exact.mean((2, 3)), rtol=1e-5, atol=0)
+    torch.testing.assert_close(var.double(), exact.var((2, 3), correction=0), rtol=1e-5, atol=0)
+
+
 def test_moments_survive_a_mean_that_is_large_against_the_spread():
     generator = torch.Generator().manual_seed(0)
     spread = torch.randn(2, 3, 16, 16, generator=generator, dtype=torch.double)
@@ -157,6 +172,89 @@ def test_moments_survive_a_mean_that_is_large_against_the_spread():
     torch.testing.assert_close(mean.double(), expected.mean((2, 3)), rtol=1e-6, atol=0)
     torch.testing.assert_close(var.double(), expected.var((2, 3), unbiased=False), rtol=1e-3,
                                atol=0)
+
+
+class Crossed(nn.Module):
+    """Layers run in another order than they are registered in; one runs twice, one never."""
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.never, self.first = (nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3))
+                                             for _ in range(3))
+        self.pooled, self.tail = nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        x = self.first(x) + self.pooled(x.mean((2, 3), keepdim=True))
+        with suppress(Exception):                      # a network may do so, and must still stop
+            x = self.last(x)
+        return self.tail(x)
+
+
+def read(network, images, spec, stop):
+    """Return the statistics of the layers `spec`, and the names of the modules that ran."""
+    ran = []
+    handles = [module.register_forward_hook(lambda *_, name=name: ran.append(name))
+               for name, module in network.named_modules()]
+    with capture_bn_inputs(network, select_layers(bn_layers(network), spec), stop) as captured:
+        network(images)
+    for handle in handles:
+        handle.remove()
+    return captured, ran
+
+
+@pytest.mark.parametrize(("name", "spec", "last"), [
+    ("crossed", "first", "first.0"), ("crossed", "pooled,first", "first"),
+    ("crossed", "last,first", "last.0"), ("crossed", "all", ""),
+    ("deeplab", "early", "backbone.layer2.2.conv2"),
+    ("deeplab", "backbone.layer2", "backbone.layer2.3.conv3"),
+    ("deeplab", "all", "classifier.1"),
+    ("wrapped", "net.backbone.layer1", "net.backbone.layer1.2.conv3")])
+def test_a_pass_that_stops_early_reads_the_same_numbers_to_the_bit(deeplab, name, spec, last):
+    torch.manual_seed(0)
+    network = {"crossed": with_random_statistics(Crossed()), "deeplab": deeplab,
+               "wrapped": SegmentationModel(deeplab, "d", 5).eval()}[name]
+    images = torch.rand(2, 3, 40, 48)
+    with torch.no_grad():
+        whole, all_ran = read(network, images, spec, stop=False)
+        part, ran = read(network, images, spec, stop=True)
+    assert list(whole) == list(part) and whole
+    for layer in whole:
+        assert all(map(torch.equal, whole[layer], part[layer]))
+    assert ran == all_ran[:len(ran)] and (len(ran) < len(all_ran) or last == "")
+    assert ran[-1] == last
+    assert not any(module._forward_pre_hooks for module in network.modules())
+
+
+def test_a_pass_that_stops_early_can_be_differentiated_and_leaves_no_map_behind(deeplab):
+    images = torch.rand(1, 3, 40, 48)
+    gradients, maps = [], []
+    hook = deeplab.backbone.layer1.register_forward_hook(
+        lambda module, args, output: maps.append(weakref.ref(output)))
+    for stop in (False, True):
+        x = images.clone().requires_grad_()
+        captured, _ = read(deeplab, x, "backbone.layer2", stop)
+        bn_distance(captured, bn_layers(deeplab), "kl").sum().backward()
+        gradients.append(x.grad)
+    hook.remove()
+    assert torch.equal(*gradients) and gradients[0].abs().sum() > 0
+    del captured, x
+    assert maps[1]() is None                           # no cycle waits for the garbage collector
+
+
+def test_captures_may_be_nested_and_a_new_pass_replaces_the_last():
+    network = with_random_statistics(Crossed())
+    images = torch.rand(2, 3, 20, 20)
+    few, all_ = (select_layers(bn_layers(network), spec) for spec in ("first", "first,last"))
+    with capture_bn_inputs(network, all_, stop=True) as outer:
+        with capture_bn_inputs(network, few, stop=True) as inner:
+            network(images / 2)
+            pytest.fail("the inner capture did not stop")
+        network(images)
+        pytest.fail("the outer capture did not stop")
+    assert list(inner) == ["first.1"] and list(outer) == ["first.1", "last.1"]
+    again, _ = read(network, images, "first", stop=False)
+    torch.testing.assert_close(outer["first.1"], again["first.1"])
 
 
 def test_layers_behind_global_pooling_are_left_out():
