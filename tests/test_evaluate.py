@@ -112,10 +112,27 @@ def test_frequencies_are_those_of_the_truth():
 @pytest.mark.parametrize(("prediction", "target", "message"), [
     ([0, 3], [0, 1], r"prediction values must lie in 0\.\.2 .*got 0\.\.3"),
     ([0, -1], [0, 1], "prediction values"), ([0, 1], [0, 3], "target values"),
+    ([-1, 0], [-1, 0], r"target values .*got -1\.\.0"),
     ([0, 1], [0], "same shape")])
 def test_values_and_shapes_that_do_not_fit_are_refused(prediction, target, message):
     with pytest.raises(ValueError, match=message):
         confusion_matrix(torch.tensor(prediction), torch.tensor(target), 3)
+
+
+@pytest.mark.parametrize("wrong", [-1, 2, 200])
+def test_evaluate_counts_the_pixels_outside_the_classes_and_refuses_them(wrong):
+    target = torch.tensor([[[0, 0, wrong, 1, 255]]])
+    logits = torch.zeros(1, 2, 1, 5)
+    with pytest.raises(ValueError, match=r"1 pixels have a target or prediction outside 0\.\.1 "):
+        evaluate(lambda images: logits, [(torch.zeros(1, 3, 1, 5), target)], 2, device="cpu")
+
+
+def test_ignored_pixels_may_be_predicted_as_anything_and_bytes_count_like_integers():
+    prediction, target = torch.tensor([-1, 7, 1, 200]), torch.tensor([255, 255, 0, 255])
+    assert confusion_matrix(prediction, target, 2).tolist() == [[0, 1], [0, 0]]
+    prediction, target = labels(9, 9)
+    assert torch.equal(confusion_matrix(prediction.byte(), target.byte(), 4),
+                       confusion_matrix(prediction, target, 4))
 
 
 def test_logits_are_resized_not_classes_and_between_pixel_centres():
