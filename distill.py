@@ -119,7 +119,7 @@ def colour_mapper(teacher, size, align):
     early = select_layers(layers, "early") if align == "fit" else dict([next(iter(layers.items()))])
 
     def statistics(images):
-        with capture_bn_inputs(teacher, early) as captured:
+        with capture_bn_inputs(teacher, early, stop=True) as captured:
             segmentation_logits(teacher, images)
         return captured
 

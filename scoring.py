@@ -73,9 +73,11 @@ def score(teacher, layers, files, size, cfg, part=None, store=None, prepare=None
 
     def score_batch(batch):
         images, errors = as_input(batch[0], device), batch[1]
-        with capture_bn_inputs(teacher, layers) as captured:
-            output = segmentation_logits(teacher, prepare(images) if prepare else images)
-        if cfg.sampling in PREDICTION_SCORES:
+        images = prepare(images) if prepare else images
+        predicted = cfg.sampling in PREDICTION_SCORES
+        with capture_bn_inputs(teacher, layers, stop=not predicted) as captured:
+            output = segmentation_logits(teacher, images)
+        if predicted:
             distance = prediction_scores(output, cfg.sampling)                    # (B,)
         else:
             distance = bn_distance(captured, layers, cfg.metric).sum(dim=1)       # (B,)
@@ -97,7 +99,8 @@ def score(teacher, layers, files, size, cfg, part=None, store=None, prepare=None
             scores.numpy().tofile(part)
         todo = range(len(scores), len(files))
         if todo:
-            loader = DataLoader(Subset(pool, todo), BATCH, num_workers=cfg.workers)
+            loader = DataLoader(Subset(pool, todo), BATCH, num_workers=cfg.workers,
+                                pin_memory=device.type == "cuda")
             bar = tqdm(loaded(loader), desc="scoring", mininterval=1, total=len(loader))
             scores = torch.cat([scores, score_pool(score_batch, bar)])
         if store:

@@ -32,6 +32,16 @@ def test_scores_are_the_distances_in_pool_order(teacher, pool_folder):
     assert scores.shape == (30, 2) and skipped == []
 
 
+@pytest.mark.parametrize(("sampling", "passes"), [("nearest", 0), ("random", 0), ("herding", 0),
+                                                  ("confidence", 2), ("entropy", 2)])
+def test_only_a_rule_that_needs_the_prediction_runs_the_teacher_to_its_end(teacher, pool_folder,
+                                                                           sampling, passes):
+    ends = []
+    teacher.net.head.register_forward_hook(lambda *_: ends.append(1))
+    scores, _ = scan(teacher, find_images(pool_folder), sampling=sampling)
+    assert len(ends) == passes and scores.isfinite().all()
+
+
 @pytest.mark.parametrize("done", [0, 1, 16, 17, 30])
 @pytest.mark.parametrize("sampling", ["nearest", "herding"])
 def test_an_interrupted_scan_goes_on_to_the_same_bits(teacher, pool_folder, tmp_path, done,
