@@ -245,7 +245,8 @@ def open_labelled(dataset, root, split, size, num_classes=None, download=False,
                                 "data (README, 'Data layouts')")
     part, _, sequences = split.partition(":")
     images, labels, values = LISTINGS[dataset](Path(root), part, download)
-    values = values or [f"class {k}" for k in range(num_classes or 0)]     # names of 0, 1, ...
+    values = (values or DATASETS[dataset][0]                               # names of 0, 1, ...
+              or [f"class {k}" for k in range(num_classes or 0)])
     names = [name for name in dict.fromkeys(values) if name != VOID]
     if not names or num_classes not in (None, len(names)):
         raise ValueError(f"{dataset} has {len(names) or 'an unknown number of'} classes, but "

@@ -62,15 +62,15 @@ class Config:
     teacher_model: str | None = nets(None, "or a torchvision network", MODELS)
     teacher_weights: str | None = nets(None, "with its published weights: DEFAULT")
     student_model: str = nets("resnet_tiny", "student network", MODELS)
-    student_weights: str = nets("none", "imagenet: start from auxiliary data",
+    student_weights: str = nets("none", "imagenet: auxiliary ImageNet weights",
                                 ("none", "imagenet"))
     budget: int = method(400, "pool images to learn from; 0 takes all")
-    sampling: str = method("nearest", "rule",
+    sampling: str = method("nearest", "choice",
                            ("nearest", "herding", "random", *baselines.PREDICTION_SCORES))
     layers: str = method("all", "BatchNorm layers: all, early, middle, late, names, indices")
     metric: str = method("l2", "distance to their statistics", METRICS)
     weighting: str = method("minmax", "weights from distances", ("minmax", "rank"))
-    schedule: str = method("linear", "uniform: no weights", SCHEDULES)
+    schedule: str = method("linear", "relax weights to 1", SCHEDULES)
     align: str = method("none", "bend colours towards the teacher's statistics (ours)",
                         ("none", "transfer", "transfer-first", "fit"))
     kd: str = method("pixelwise+channelwise", "loss, or several joined by +: " + ", ".join(KD))
