@@ -14,7 +14,7 @@ from PIL import Image
 import checkpoint
 import evaluate
 from data import (CITYSCAPES, Batches, Pool, check_labels, class_colours, find_images, hold_out,
-                  leave_out, load_image, open_labelled, to_tensor, view, whole_view)
+                  leave_out, load_image, loaded, open_labelled, to_tensor, view, whole_view)
 from models import build_model
 from records import write_csv
 
@@ -487,6 +487,21 @@ def test_classes_have_pascal_vocs_colours():
     known = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 4: (0, 0, 128), 7: (128, 128, 128),
              8: (64, 0, 0), 15: (192, 128, 128), 20: (0, 64, 128)}
     assert len(colours) == 21 and {k: colours[k] for k in known} == known
+
+
+def test_what_goes_wrong_in_loading_is_one_sentence():
+    def failing(error):
+        yield 1
+        raise error
+
+    wrapped = ValueError("Caught ValueError in DataLoader worker process 0.\nOriginal Traceback\n"
+                         "  File ...\nValueError: a\nb.jpg: cut off\n")
+    for error in (wrapped, ValueError("a\nb.jpg: cut off")):
+        with pytest.raises(OSError, match=r"^a\nb\.jpg: cut off; put this file right and resume$"):
+            list(loaded(failing(error)))
+    for error in (ConnectionResetError(104, "Connection reset by peer"), EOFError()):
+        with pytest.raises(RuntimeError, match="DataLoader worker"):             # options.sentence
+            list(loaded(failing(error)))
 
 
 # ---------------------------------------------------------------- stateless training batches

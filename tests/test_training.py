@@ -256,7 +256,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_saves_nothin
     model, steps = network(), iter(range(1, 13))
 
     def batch_loss(progress, images, slots):
-        return model(images).square().mean() + (bad if next(steps) == 7 else 0)
+        return model(images).square().mean() * (bad if next(steps) == 7 else 1)
 
     with pytest.raises(ValueError, match=r"the loss became infinite or NaN at step 7 on 2\.jpg, "
                                          r"3\.jpg, 0\.jpg, 1\.jpg; lower --lr"):
