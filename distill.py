@@ -82,7 +82,7 @@ class Config:
     seed: int = running(0, "seed of weights, crops, order and random choice")
     device: str = running("auto", "cpu, cuda or auto")
     amp: str = running("auto", "mixed precision", ("auto", "bfloat16", "float16", "off"))
-    workers: int = running(0, "processes that load images")
+    workers: int = running(0, "processes that load images; a GPU wants four or more")
     out: str | None = running(None, "folder of the run (default: next number below runs)")
     resume: bool = running(False, "go on where an interrupted run stopped")
     dry_run: bool = running(False, "score the pool, say whether it fits, and stop")

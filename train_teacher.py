@@ -62,7 +62,8 @@ class Config:
     device: str = option("auto", "cpu, cuda or auto", group="running")
     amp: str = option("auto", "mixed precision", choices=("auto", "bfloat16", "float16", "off"),
                       group="running")
-    workers: int = option(0, "processes that load images", group="running")
+    workers: int = option(0, "processes that load images; a GPU wants four or more",
+                          group="running")
     out: str = option("runs/teacher", "folder for teacher.pt", group="running")
     resume: bool = option(False, "go on where an interrupted run stopped", group="running")
 

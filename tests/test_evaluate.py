@@ -135,6 +135,13 @@ def test_ignored_pixels_may_be_predicted_as_anything_and_bytes_count_like_intege
                        confusion_matrix(prediction, target, 4))
 
 
+def test_torchmetrics_counts_the_same():
+    other = pytest.importorskip("torchmetrics.functional.classification")
+    prediction, target = labels(2, 15, 20)
+    assert torch.equal(confusion_matrix(prediction, target, 4), other.multiclass_confusion_matrix(
+        prediction, target, num_classes=4, ignore_index=255))
+
+
 def test_logits_are_resized_not_classes_and_between_pixel_centres():
     # Two columns become eight, whose centres lie at -0.375, -0.125, 0.125, ... of the two. Class 1
     # overtakes class 0 at a quarter of the way, so in the fourth column of eight.

@@ -19,13 +19,14 @@ import export
 import options
 import train_teacher
 from data import CITYSCAPES, VOC
-from experiments import compare, shuffle_tiles
+from experiments import benchmark, compare, shuffle_tiles
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 PROGRAMS = {"distill.py": distill, "train_teacher.py": train_teacher, "evaluate.py": evaluate,
             "export.py": export, "experiments.compare": compare,
+            "experiments.benchmark": benchmark,
             "experiments.shuffle_tiles": shuffle_tiles}
 CONCEPTS = ("bn_stats", "ads_sampler", "priority", "kd_loss", "alignment")
 
@@ -33,7 +34,8 @@ CONCEPTS = ("bn_stats", "ads_sampler", "priority", "kd_loss", "alignment")
 def commands():
     """Return (program, words) of every command line in the README and in module docstrings."""
     sources = [README] + [path.read_text().split('"""')[1] for path in REPOSITORY.glob("*.py")]
-    sources += [path.read_text().split('"""')[1] for path in REPOSITORY.glob("experiments/c*.py")]
+    sources += [path.read_text().split('"""')[1]
+                for path in REPOSITORY.glob("experiments/[bc]*.py")]
     text = "\n".join(sources).replace("\\\\\n", " ").replace("\\\n", " ")
     found = re.findall(r"python (?:-m )?([\w.]+)((?: +(?:\"[^\"]*\"|[\w./,+-]+))*)", text)
     return sorted({(program, words.strip()) for program, words in found
