@@ -46,9 +46,6 @@ def confusion_matrix(prediction, target, num_classes, ignore_index=255):
     prediction, target: integer tensors of one shape. Pixels whose target is `ignore_index` do not
     count. Raises ValueError if shapes differ or a value lies outside 0..K-1.
     """
-    if prediction.shape != target.shape:
-        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} "
-                         "must have the same shape")
     pairs = count_pairs(prediction, target, num_classes, ignore_index)
     matrix = pairs[1:-1, 1:-1]
     if matrix.sum() != pairs.sum():
@@ -66,6 +63,9 @@ def count_pairs(prediction, target, num_classes, ignore_index):
 
     Unlike bincount or a mask, nothing in here waits for the device.
     """
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} "
+                         "must have the same shape")
     truth, guess = (x.long().clamp(-1, num_classes) + 1 for x in (target, prediction))
     n = num_classes + 2
     bins = torch.where(target == ignore_index, n * n, truth * n + guess).flatten()

@@ -127,6 +127,11 @@ def test_evaluate_counts_the_pixels_outside_the_classes_and_refuses_them(wrong):
         evaluate(lambda images: logits, [(torch.zeros(1, 3, 1, 5), target)], 2, device="cpu")
 
 
+def test_evaluate_does_not_spread_one_target_over_several_images():
+    with pytest.raises(ValueError, match="must have the same shape"):
+        evaluate(network(), [(torch.rand(2, 3, 8, 8), torch.zeros(1, 8, 8).long())], 3)
+
+
 def test_ignored_pixels_may_be_predicted_as_anything_and_bytes_count_like_integers():
     prediction, target = torch.tensor([-1, 7, 1, 200]), torch.tensor([255, 255, 0, 255])
     assert confusion_matrix(prediction, target, 2).tolist() == [[0, 1], [0, 0]]
