@@ -116,7 +116,7 @@ def picks(folder, pool):
     if kinds.exists():
         kind = dict(read_csv(kinds))
         return Counter(kind[file.name] for file in files), files
-    return Counter((Path("pool") / file.relative_to(pool)).parts[-2] for file in files), files
+    return Counter(file.parts[-2] for file in files), files
 
 
 def collect(cfg):
