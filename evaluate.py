@@ -21,6 +21,7 @@ Run it
     python evaluate.py --dataset camvid --data-root DIR --check-data       (what do labels hold?)
 """
 
+import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -193,7 +194,7 @@ def write_masks(model, folder, out, size, device, overlay=False):
         try:
             image = load_image(path)
         except ValueError as error:
-            tqdm.write(f"skipped {error}")
+            tqdm.write(f"skipped {error}", file=sys.stderr)      # takes any file name
             continue
         images = as_input(to_tensor(whole_view(image, size)).unsqueeze(0), device)
         with torch.inference_mode():

@@ -222,7 +222,7 @@ def test_masks_keep_names_and_sizes_and_hold_class_numbers_with_colours(photogra
                                                                         capsys):
     out, model = tmp_path / "masks", camvid_model()
     assert write_masks(model, photographs, out, (32, 48), "cpu") == 2
-    assert "broken.png" in capsys.readouterr().out
+    assert "broken.png" in capsys.readouterr().err
     assert sorted(p.relative_to(out).as_posix() for p in out.rglob("*.*")) == ["a.png",
                                                                                 "deeper/b.png"]
     for name, size in (("a.png", (50, 40)), ("deeper/b.png", (31, 64))):
