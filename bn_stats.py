@@ -1,9 +1,9 @@
 """How far is an image from the data that a network was trained on? Ask its BatchNorm layers.
 
 Idea
-    Every BatchNorm layer of a trained network keeps, per channel, the mean and the variance of all
-    the maps it saw in training. Take the same two numbers of one new image and compare: the nearer,
-    the more it resembles the training data. No label, training image or prediction is needed.
+    Every BatchNorm layer of a trained network (the "teacher") keeps, per channel, a running mean
+    and variance of the maps it saw in training. Take the same two numbers of one new image: the
+    nearer, the more it resembles the training data. No label and no training image is needed.
 
 Equation
     d(x) = sum over layers of || mu(x) - mu_bn ||_2 + || var(x) - var_bn ||_2
@@ -20,7 +20,7 @@ Symbols
 Worked example (two channels, 2x2 pixels, eps = 0; the demo prints it, a test asserts it)
     channel 0 = 1 1 5 5:  mu 3, var 4    against running mean 0, running variance 1
     channel 1 = 4 4 6 6:  mu 5, var 1    against running mean 1, running variance 5
-    l2           = ||(3, 4)|| + ||(3, -4)||                = 5 + 5         = 10
+    l2           = ||(3 - 0, 5 - 1)|| + ||(4 - 1, 1 - 5)|| = 5 + 5         = 10
     standardised = ||(3, 4/sqrt 5)|| + ||(3, -0.8)||       = 3.493 + 3.105 = 6.598
     kl           = mean of (4 + 9 - 1 - ln 4) / 2  and  (0.2 + 3.2 - 1 - ln 0.2) / 2  = 3.656
 
@@ -139,7 +139,7 @@ def bn_distance(captured, layers, metric="l2"):
     Differentiable; >= 0. ValueError for an unknown metric or when nothing was captured.
       l2            ||mu - mu_bn|| + ||var - var_bn||              the paper's; large channels rule
       standardised  ||(mu - mu_bn) / s|| + ||var / s2 - 1||        ours; every channel counts alike
-      kl            mean over channels of KL( N(mu, var + eps) || N(mu_bn, s2) )              ours
+      kl            mean of (v + (mu - mu_bn)^2 / s2 - 1 - ln v) / 2,  v = (var + eps) / s2   ours
     """
     if metric not in METRICS or not captured:
         raise ValueError(f"expected a metric out of {METRICS}, and at least one layer that saw a "
@@ -180,8 +180,8 @@ def demo():
     noise, layer = torch.randn(2000, 8, 16, 16), nn.BatchNorm2d(8, momentum=1.0)
     layer(train := noise + torch.randn(2000, 8, 1, 1))             # fills the running statistics
     mean, var = spatial_moments(train, layer.eval().running_mean)              # (N, C) twice
-    print(f"running_var {layer.running_var.mean():.2f} = {var.mean():.2f} (variance within an "
-          f"image) + {mean.var(dim=0).mean():.2f} (between images): one image falls short\n")
+    print(f"running_var {layer.running_var.mean():.1f} = {var.mean():.1f} (variance within an "
+          f"image) + {mean.var(dim=0).mean():.1f} (between images): one image falls short\n")
     print(f"{'':40s}" + "".join(f"{metric:>14s}" for metric in METRICS))
     for what, network, images in (
             ("(the worked example)", example, image),
