@@ -126,6 +126,6 @@ def test_the_mean_square_shift_of_the_training_images_is_at_most_one():
 def test_choosing_from_a_million_distances_takes_under_a_second():
     import time
     distances = torch.rand(1_000_000, generator=torch.Generator().manual_seed(0))
-    start = time.perf_counter()
+    start = time.process_time()
     sample(distances, 1000)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
