@@ -1,6 +1,5 @@
 """train_teacher.py: the data owner's side, from labelled images to a checkpoint."""
 
-import os
 import signal
 
 import pytest
@@ -62,7 +61,7 @@ def test_an_interrupted_teacher_resumes_to_the_bit_and_with_its_own_options_only
     def stopping(*args):
         calls.append(1)
         if len(calls) == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return loss(*args)
 
     monkeypatch.setattr(train_teacher, "cross_entropy", stopping)
