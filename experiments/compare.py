@@ -34,15 +34,12 @@ RANDOM, CONFIDENCE = f"--sampling random {UNIFORM}", f"--sampling confidence {UN
 PRESETS = {
     "headline": {"random": RANDOM,
                  "confidence": CONFIDENCE,
+                 "confidence, progressive weights": "--sampling confidence",
                  "nearest (ADS)": UNIFORM,
+                 "nearest, fixed weights": "--schedule fixed",
                  "nearest, progressive weights (DFSS)": "",
+                 "the whole pool": f"--budget 0 {UNIFORM}",
                  "original images": f"--pool {{data_root}}/train --budget 0 {UNIFORM}"},
-    "ladder": {"random": RANDOM,
-               "confidence, progressive weights": "--sampling confidence",
-               "nearest (ADS)": UNIFORM,
-               "nearest, fixed weights": "--schedule fixed",
-               "nearest, progressive weights (DFSS)": "",
-               "the whole pool": f"--budget 0 {UNIFORM}"},
     "pair": {"random": RANDOM,
              "nearest, progressive weights (DFSS)": ""},
     "scenes": {"random": RANDOM,
@@ -67,20 +64,22 @@ PRESETS = {
                "random, colours fitted": f"{RANDOM} --align fit",
                "nearest (ADS)": UNIFORM,
                "nearest, colours fitted": f"{UNIFORM} --align fit"},
-    "budget": {f"{name}, {budget} files": f"{words} --budget {budget}" for budget in
-               (50, 100, 200, 800) for name, words in (("random", RANDOM), ("nearest", UNIFORM))},
-    "timing": {f"{name} weights, {steps} updates": f"{words} --steps {steps}"
+    "budget": {**{f"{name}, {budget} files": f"{words} --budget {budget}"
+                  for budget in (50, 100, 200, 400, 800)
+                  for name, words in (("random", RANDOM), ("nearest (ADS)", UNIFORM))},
+               "the whole pool": f"--budget 0 {UNIFORM}"},
+    "timing": {f"{name}, {steps} updates": f"{words} --steps {steps}"
                for steps in (150, 300, 450, 600) for name, words in
-               (("uniform", UNIFORM), ("fixed", "--schedule fixed"), ("progressive", ""))},
-    "losses": {"random": RANDOM,
-               "pixelwise": f"{RANDOM} --kd pixelwise",
-               "channelwise": f"{RANDOM} --kd channelwise",
-               "all three": f"{RANDOM} --kd pixelwise+channelwise+pairwise"},
+               (("uniform weights", UNIFORM), ("fixed weights", "--schedule fixed"),
+                ("progressive weights", ""), ("progressive by rank", "--weighting rank"))},
     "ablation": {"nearest (ADS)": UNIFORM,
                  "herding": f"--sampling herding {UNIFORM}",
-                 "entropy": f"--sampling entropy {UNIFORM}",
-                 "progressive, weights by rank": "--weighting rank",
-                 "progressive, cosine": "--schedule cosine"},
+                 "entropy of the teacher": f"--sampling entropy {UNIFORM}",
+                 "progressive weights, cosine": "--schedule cosine",
+                 "pixel-wise KD alone": f"--kd pixelwise {UNIFORM}",
+                 "channel-wise KD alone": f"--kd channelwise {UNIFORM}",
+                 "all three KD losses": f"--kd pixelwise+channelwise+pairwise {UNIFORM}",
+                 "temperature 2 in both": f"--temperature 2 {UNIFORM}"},
 }
 # Two-sided 95 % quantiles of Student's t for n paired differences (n - 1 degrees of freedom).
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
@@ -88,7 +87,7 @@ T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 
 @dataclass(frozen=True)
 class Config:
-    preset: str = option("ladder", "rows of the table", choices=tuple(PRESETS))
+    preset: str = option("scenes", "rows of the table", choices=tuple(PRESETS))
     common: str = option("", "options of distill.py that all rows share, in quotes")
     seeds: int = option(3, "number of seeds, from 0 on")
     jobs: int = option(1, "runs at a time")
