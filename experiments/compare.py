@@ -160,23 +160,29 @@ def paired(by_seed, reference):
     return f"{statistics.mean(both):+.1f} ± {half:.1f}"
 
 
+def like(name, names):
+    """Return the row that `name` is compared with: the first of its size, "..., 50 files"."""
+    return next(n for n in names if plots.size_of(n)[1:] == plots.size_of(name)[1:])
+
+
 def table(record):
     """Return the record as a Markdown table: a line per row, seeds averaged."""
     scores = {}
     for run in record["runs"]:
         scores.setdefault(run["row"], {})[run["seed"]] = 100 * run["student_miou"]
-    first, confidence = next(iter(scores.values())), scores.get("confidence")
-    original = scores.get("original images")
+    first, original = next(iter(scores.values())), scores.get("original images")
+    sizes = "" if like(list(scores)[-1], scores) == next(iter(scores)) else " of its size"
+    others = [name for name in ("confidence", "the whole pool") if name in scores]
     header = [f"row (seeds: {len(first)})", "mIoU %",
-              "difference to the first row, 95 % interval"]
-    header += ["to confidence"] * bool(confidence) + ["of original, %"] * bool(original)
+              f"difference to the first row{sizes}, 95 % interval"]
+    header += [f"to {name}" for name in others] + ["of original, %"] * bool(original)
     lines = []
     for name, by_seed in scores.items():
         values = list(by_seed.values())
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        cells = [name, f"{statistics.mean(values):.1f}{spread}", paired(by_seed, first)]
-        if confidence:
-            cells.append(paired(by_seed, confidence))
+        cells = [name, f"{statistics.mean(values):.1f}{spread}",
+                 paired(by_seed, scores[like(name, scores)])]
+        cells += [paired(by_seed, scores[other]) for other in others]
         if original:
             kept = [100 * by_seed[seed] / original[seed] for seed in by_seed if seed in original]
             cells.append(f"{statistics.mean(kept):.0f}" if kept else "")

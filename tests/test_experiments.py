@@ -36,10 +36,30 @@ def test_the_table_compares_with_confidence_and_with_the_original_images():
     assert original.split(" | ")[4] == "100"
 
 
-def test_the_figure_is_drawn(tmp_path):
+def test_a_row_of_a_series_is_compared_with_the_first_of_its_size():
+    record = {"runs": runs("random, 50 files", [30, 32]) + runs("nearest, 50 files", [33, 36])
+              + runs("random, 100 files", [31, 33]) + runs("nearest, 100 files", [34, 37])
+              + runs("the whole pool", [34, 36])}
+    header, _, *lines = table(record).split("\n")
+    assert "to the first row of its size" in header and "to the whole pool" in header
+    cells = [line.split(" | ")[2:4] for line in lines]
+    assert cells == [["", "-4.0 ± 0.0"], ["+3.5 ± 6.4", "-0.5 ± 6.4"],
+                     ["", "-3.0 ± 0.0"], ["+3.5 ± 6.4", "+0.5 ± 6.4"], ["", ""]]
+
+
+def test_the_figures_are_drawn(tmp_path, monkeypatch):
     record = {"runs": runs("random", [30, 32]) + runs("nearest", [33, 36])}
     plots.comparison(record, tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").width > 800
+
+    drawn = {}
+    monkeypatch.setattr(plots, "write", lambda figure, path: drawn.update({path: figure.axes[0]}))
+    record["runs"] = (runs("random, 50 files", [30, 32]) + runs("random, 400 files", [33, 36])
+                      + runs("the whole pool", [34, 36]))
+    plots.comparison(record, "b.png")
+    bars, level = drawn["b.png"].containers[0].lines[0], drawn["b.png"].lines[-1]
+    assert level.get_ydata()[0] == 35 and drawn["b.png"].get_xlabel() == "files"
+    assert bars.get_xdata().tolist() == [50, 400] and bars.get_ydata().tolist() == [31, 34.5]
 
 
 def test_every_row_of_every_preset_is_a_line_of_distill():
