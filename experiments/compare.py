@@ -13,6 +13,7 @@ Use it
 """
 
 import json
+import re
 import shlex
 import statistics
 import subprocess
@@ -52,9 +53,15 @@ PRESETS = {
                 "kl, all layers": f"--metric kl {UNIFORM}",
                 "l2, early layers": f"--layers early {UNIFORM}",
                 "l2, late layers": f"--layers late {UNIFORM}"},
-    # The pools are written by experiments.shuffle_tiles from one and the same choice.
+    # The pools are written by experiments.shuffle_tiles from one and the same choice, and below by
+    # experiments.generators.
     "structure": {"whole scenes": f"--pool runs/whole --budget 0 {UNIFORM}",
                   "4x4 tiles, shuffled": f"--pool runs/tiles --budget 0 {UNIFORM}"},
+    "others": {"nearest (ADS)": UNIFORM,
+               "nearest to the exact statistics":
+                   f"--pool runs/oracle/chosen.csv --budget 0 {UNIFORM}",
+               "DeepInversion, 100 images": f"--pool runs/inverted --budget 0 {UNIFORM}",
+               "noise": f"--pool runs/noise --budget 0 {UNIFORM}"},
     "alignment": {"random": RANDOM,
                   "random, colours transferred": f"{RANDOM} --align transfer",
                   "nearest (ADS)": UNIFORM,
@@ -88,6 +95,7 @@ T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 @dataclass(frozen=True)
 class Config:
     preset: str = option("scenes", "rows of the table", choices=tuple(PRESETS))
+    rows: str = option("", "only rows that this regular expression is found in")
     common: str = option("", "options of distill.py that all rows share, in quotes")
     seeds: int = option(3, "number of seeds, from 0 on")
     jobs: int = option(1, "runs at a time")
@@ -123,7 +131,7 @@ def collect(cfg):
     common = shlex.split(cfg.common)
     root = common[common.index("--data-root") + 1] if "--data-root" in common else ""
     rows = {name: common + shlex.split(words.replace("{data_root}", root))
-            for name, words in PRESETS[cfg.preset].items()}
+            for name, words in PRESETS[cfg.preset].items() if re.search(cfg.rows, name)}
     jobs = [(name, seed) for seed in range(cfg.seeds) for name in rows]
 
     def work(job):
