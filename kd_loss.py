@@ -42,6 +42,7 @@ Run it
 """
 
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -110,6 +111,24 @@ def pairwise_kd(student_logits, teacher_logits, grid=8):
             return regions.transpose(1, 2) @ regions                 # (B, R, R)
 
     return (similarities(s) - similarities(t)).square().mean(dim=(1, 2))             # (B,)
+
+
+LOSSES = {"pixelwise": pixelwise_kd, "channelwise": channelwise_kd, "pairwise": pairwise_kd}
+
+
+def parse_losses(text):
+    """Return {name: factor} of a sum of losses: "pixelwise+10*channelwise" -> {..: 1.0, ..: 10.0}.
+
+    Raises ValueError for anything but names of `LOSSES`, with a number and * before them or not.
+    """
+    factors = {}
+    for term in text.split("+"):
+        found = re.fullmatch(r"(?:(\d+(?:\.\d+)?)\*)?(\w+)", term)
+        if not found or found[2] not in LOSSES or found[2] in factors:
+            raise ValueError(f"{text!r} is no sum of losses; expected each of some of "
+                             f"{', '.join(LOSSES)} once, such as pixelwise+10*channelwise")
+        factors[found[2]] = float(found[1] or 1)
+    return factors
 
 
 def demo():

@@ -30,6 +30,7 @@ from records import read_csv
 
 UNIFORM = "--schedule uniform"
 RANDOM, CONFIDENCE = f"--sampling random {UNIFORM}", f"--sampling confidence {UNIFORM}"
+CHANNELS = "--kd pixelwise+10*channelwise"
 # The first row of a preset is the one that the others are compared with. {data_root} is the
 # folder that the common options name.
 PRESETS = {
@@ -41,6 +42,12 @@ PRESETS = {
                  "nearest, progressive weights (DFSS)": "",
                  "the whole pool": f"--budget 0 {UNIFORM}",
                  "original images": f"--pool {{data_root}}/train --budget 0 {UNIFORM}"},
+    "recipe": {"random": RANDOM,
+               "nearest (ADS)": UNIFORM,
+               "best recipe": f"--metric kl --align transfer-first {CHANNELS} {UNIFORM}",
+               "original images": f"--pool {{data_root}}/train --budget 0 {UNIFORM}",
+               "original images, same loss":
+                   f"--pool {{data_root}}/train --budget 0 {CHANNELS} {UNIFORM}"},
     "pair": {"random": RANDOM,
              "nearest, progressive weights (DFSS)": ""},
     "scenes": {"random": RANDOM,
@@ -86,6 +93,7 @@ PRESETS = {
                  "pixel-wise KD alone": f"--kd pixelwise {UNIFORM}",
                  "channel-wise KD alone": f"--kd channelwise {UNIFORM}",
                  "all three KD losses": f"--kd pixelwise+channelwise+pairwise {UNIFORM}",
+                 "ten times channel-wise": f"{CHANNELS} {UNIFORM}",
                  "temperature 2 in both": f"--temperature 2 {UNIFORM}"},
 }
 # Two-sided 95 % quantiles of Student's t for n paired differences (n - 1 degrees of freedom).

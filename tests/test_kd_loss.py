@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kd_loss import channelwise_kd, pairwise_kd, pixelwise_kd
+from kd_loss import channelwise_kd, pairwise_kd, parse_losses, pixelwise_kd
 
 LOSSES = [pixelwise_kd, channelwise_kd, pairwise_kd]
 
@@ -125,3 +125,16 @@ def test_half_precision_gives_finite_float32_values_under_autocast(loss, dtype):
 def test_shapes_that_differ_are_refused(loss):
     with pytest.raises(ValueError, match="same shape"):
         loss(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 4, 4))
+
+
+def test_a_sum_of_losses_is_read_with_its_factors():
+    assert parse_losses("pixelwise") == {"pixelwise": 1}
+    assert parse_losses("pixelwise+10*channelwise+0.5*pairwise") == {
+        "pixelwise": 1, "channelwise": 10, "pairwise": 0.5}
+
+
+@pytest.mark.parametrize("text", ["", "telepathy", "2*", "x*pixelwise", "-1*pixelwise",
+                                  "pixelwise+pixelwise", "pixelwise channelwise"])
+def test_what_is_no_sum_of_losses_gets_one_sentence(text):
+    with pytest.raises(ValueError, match="is no sum of losses; expected each of some of pixelwise"):
+        parse_losses(text)
