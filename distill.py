@@ -243,6 +243,7 @@ def new_student(cfg, teacher):
 def run(cfg, out):
     """Run the method as the options say, in the folder `out`; return the metrics it prints."""
     laps = [("start", time.perf_counter())]
+    parse_losses(cfg.kd)                         # a typing error is found before the pool is read
     if cfg.dataset == "scenes":
         root, teacher = builtin_teacher(cfg.image_size, cfg.device, cfg.amp)
         cfg = dataclasses.replace(cfg, data_root=cfg.data_root or root,

@@ -354,6 +354,8 @@ def test_every_bad_input_gets_one_sentence(world, tmp_path):
     for i, (words, error, message) in enumerate(cases):
         with pytest.raises(error, match=message):
             run(world, *words, out=tmp_path / f"case{i}")
+        if "--kd" in words:                                        # found before the pool is read
+            assert os.listdir(tmp_path / f"case{i}") == ["config.json"]
     assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
 
 
