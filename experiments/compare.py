@@ -23,10 +23,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import distill
 import plots
 from checkpoint import save_json
 from options import one_sentence, option, parse
-from records import read_csv
+from records import differences, read_csv
 
 UNIFORM = "--schedule uniform"
 RANDOM, CONFIDENCE = f"--sampling random {UNIFORM}", f"--sampling confidence {UNIFORM}"
@@ -107,7 +108,7 @@ class Config:
     common: str = option("", "options of distill.py that all rows share, in quotes")
     seeds: int = option(3, "number of seeds, from 0 on")
     jobs: int = option(1, "runs at a time")
-    runs: str = option("runs/compare", "folder of the single runs")
+    runs: str | None = option(None, "folder of the single runs (default: named after --out)")
     out: str = option("results/compare.json", "the record that the table is made from")
     table: str | None = option(None, "instead: print the table of this record")
     figure: str | None = option(None, "and draw it here (PNG)")
@@ -115,6 +116,12 @@ class Config:
 
 def run_once(words, folder):
     """Run distill.py with these words unless its metrics are there already; return them."""
+    if (folder / "config.json").exists():        # a run of the same name may have other options
+        changed = differences(parse(distill.Config, words, ""),
+                              json.loads((folder / "config.json").read_text()))
+        if changed:
+            raise ValueError(f"the run in {folder} has another config ({'; '.join(changed)}); "
+                             "choose another --runs, or delete it")
     if not (folder / "metrics.json").exists():
         resume = ["--resume"] if (folder / "config.json").exists() else []
         done = subprocess.run([sys.executable, "distill.py", *words, "--out", str(folder), *resume],
@@ -140,11 +147,15 @@ def collect(cfg):
     root = common[common.index("--data-root") + 1] if "--data-root" in common else ""
     rows = {name: common + shlex.split(words.replace("{data_root}", root))
             for name, words in PRESETS[cfg.preset].items() if re.search(cfg.rows, name)}
+    if not rows or not 1 <= cfg.seeds <= max(T95):
+        raise ValueError(f"nothing to run: expected 1 to {max(T95)} --seeds and --rows that match "
+                         f"some of {', '.join(PRESETS[cfg.preset])}; got {cfg.seeds} and "
+                         f"{cfg.rows!r}")
     jobs = [(name, seed) for seed in range(cfg.seeds) for name in rows]
 
     def work(job):
         name, seed = job
-        folder = Path(cfg.runs) / "".join(c if c.isalnum() else "-" for c in f"{name} s{seed}")
+        folder = runs_folder / "".join(c if c.isalnum() else "-" for c in f"{name} s{seed}")
         metrics = run_once([*rows[name], "--seed", str(seed)], folder)
         print(f"{name:40s} seed {seed}   mIoU {100 * metrics['student_miou']:.1f} %", flush=True)
         counts, files = picks(folder, metrics["config"]["pool"])
@@ -153,7 +164,7 @@ def collect(cfg):
                                            "pool_images", "selected_images", "updates", "seconds",
                                            "environment")}, "picks": counts}, set(map(str, files))
 
-    runs, chosen = [], {}
+    runs, chosen, runs_folder = [], {}, Path(cfg.runs or f"runs/{Path(cfg.out).stem}")
     # Folders differ from machine to machine; their last part says what they hold.
     said = " ".join(Path(word).name if "/" in word else word for word in common)
     with ThreadPoolExecutor(cfg.jobs) as pool:

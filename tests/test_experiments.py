@@ -1,13 +1,17 @@
 """experiments: the table's arithmetic by hand, and tiles that are all there."""
 
+import json
 import shlex
+from dataclasses import asdict
 
+import pytest
 import torch
 from PIL import Image
 
 import distill
 import plots
-from experiments.compare import PRESETS, table
+from experiments import compare
+from experiments.compare import PRESETS, run_once, table
 from experiments.shuffle_tiles import shuffle_tiles
 from options import parse
 
@@ -78,3 +82,19 @@ def test_shuffled_tiles_are_a_permutation_of_whole_tiles():
 
     assert tiles(shuffled) == tiles(image) and not torch.equal(shuffled, image)
     assert torch.equal(shuffle_tiles(image, 1, torch.Generator()), image)
+
+
+def test_a_finished_run_is_used_again_only_for_the_same_options(tmp_path):
+    words = ["--steps", "5", "--image-size", "32", "48"]
+    cfg = {**asdict(parse(distill.Config, words, "")), "out": str(tmp_path), "resume": True}
+    (tmp_path / "config.json").write_text(json.dumps(cfg))
+    (tmp_path / "metrics.json").write_text('{"student_miou": 0.5}')
+    assert run_once(words, tmp_path) == {"student_miou": 0.5}
+    with pytest.raises(ValueError, match="budget: 400, now 7; steps: 5, now 6"):
+        run_once([*words, "--steps", "6", "--budget", "7"], tmp_path)
+
+
+@pytest.mark.parametrize("words", [["--rows", "no such row"], ["--seeds", "0"], ["--seeds", "99"]])
+def test_nothing_to_run_is_said(words):
+    with pytest.raises(ValueError, match="nothing to run: expected 1 to 8 --seeds and --rows"):
+        compare.main(words)
