@@ -163,7 +163,8 @@ def series(scores, path):
     lines = {}
     for row, values in scores.items():
         name, number, unit = size_of(row)
-        lines.setdefault(name, []).append((number, np.mean(values), np.std(values, ddof=1), unit))
+        deviation = np.std(values, ddof=1) if len(values) > 1 else 0
+        lines.setdefault(name, []).append((number, np.mean(values), deviation, unit))
     figure = Figure(figsize=(6.5, 3.8), layout="constrained")
     axes = figure.subplots()
     ticks = sorted({number for points in lines.values() for number, *_ in points if number})

@@ -145,8 +145,12 @@ def collect(cfg):
     """Run all rows and seeds; return the record."""
     common = shlex.split(cfg.common)
     root = common[common.index("--data-root") + 1] if "--data-root" in common else ""
+    try:
+        wanted = re.compile(cfg.rows)
+    except re.error as error:
+        raise ValueError(f"--rows {cfg.rows!r} is no regular expression: {error}") from error
     rows = {name: common + shlex.split(words.replace("{data_root}", root))
-            for name, words in PRESETS[cfg.preset].items() if re.search(cfg.rows, name)}
+            for name, words in PRESETS[cfg.preset].items() if wanted.search(name)}
     if not rows or not 1 <= cfg.seeds <= max(T95):
         raise ValueError(f"nothing to run: expected 1 to {max(T95)} --seeds and --rows that match "
                          f"some of {', '.join(PRESETS[cfg.preset])}; got {cfg.seeds} and "

@@ -66,6 +66,13 @@ def test_the_figures_are_drawn(tmp_path, monkeypatch):
     assert bars.get_xdata().tolist() == [50, 400] and bars.get_ydata().tolist() == [31, 34.5]
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_series_of_one_seed_is_drawn_without_a_warning(tmp_path):
+    record = {"runs": runs("random, 50 files", [30]) + runs("random, 400 files", [33])}
+    plots.comparison(record, tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").width > 400
+
+
 def test_every_row_of_every_preset_is_a_line_of_distill():
     for rows in PRESETS.values():
         for words in rows.values():
@@ -98,3 +105,8 @@ def test_a_finished_run_is_used_again_only_for_the_same_options(tmp_path):
 def test_nothing_to_run_is_said(words):
     with pytest.raises(ValueError, match="nothing to run: expected 1 to 8 --seeds and --rows"):
         compare.main(words)
+
+
+def test_a_pattern_that_is_none_gets_a_sentence():
+    with pytest.raises(ValueError, match=r"--rows '\(' is no regular expression: missing"):
+        compare.main(["--rows", "("])
