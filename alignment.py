@@ -54,7 +54,9 @@ def colour_target(response, mean_bn, var_bn, size):
     running statistics. size (H, W): of the constant images that show how it answers to colour.
     Neighbouring pixels are nearly alike, so nearly everywhere a filter answers as to a constant
     colour, A x + b, and its variance is taken to be a' S a: exact for 1x1 filters, as in the demo,
-    an approximation for others. Edge filters (a = 0) tell nothing. C must be at least 6.
+    an approximation for others. Edge filters (a = 0) tell nothing. Where the layer hardly tells
+    colours apart, only the variance of grey is read, and the three colours are taken to vary
+    together as in most photographs (correlation 0.95). C must be at least 6.
     """
     grey, step = 0.5, 0.2
     colours = grey + step * torch.cat([torch.zeros(1, 3), torch.eye(3)]).to(mean_bn)        # (4, 3)
@@ -66,9 +68,12 @@ def colour_target(response, mean_bn, var_bn, size):
     # a' S a is linear in the six different entries of S; off the diagonal each occurs twice.
     i, j = torch.triu_indices(3, 3, device=A.device)                                        # (6,)
     products = A[:, i] * A[:, j] * torch.where(i == j, 1.0, 2.0)                            # (C, 6)
-    entries = least_squares(products / var_bn.clamp_min(1e-12)[:, None], torch.ones_like(s))
+    system = products / var_bn.clamp_min(1e-12)[:, None]
+    entries = least_squares(system, torch.ones_like(s))
     cov = A.new_zeros(3, 3)
     cov[i, j] = cov[j, i] = entries
+    if hardly_sees_colour(system, entries):
+        return mean, cov.mean() * (0.05 * torch.eye(3) + 0.95).to(cov)
     values, vectors = torch.linalg.eigh(cov)              # least squares may leave some negative
     return mean, vectors @ values.clamp_min(0).diag() @ vectors.T
 
@@ -76,6 +81,23 @@ def colour_target(response, mean_bn, var_bn, size):
 def least_squares(matrix, vector):
     """Return argmin over x of || matrix x - vector ||: (C, n), (C,) -> (n,), in float64 inside."""
     return (torch.linalg.pinv(matrix.double()) @ vector.double()).to(matrix.dtype)
+
+
+def hardly_sees_colour(system, entries):
+    """Say whether the covariance read off a layer is too unsure to be used: (C, 6), (6,) -> bool.
+
+    A layer whose filters all look at brightness cannot tell how colours differ, and least squares
+    then answers with noise. Unsure is a standard error (of least squares, as usual) of the variance
+    of the difference of two colours above half the variance of grey.
+    """
+    system, entries = system.double(), entries.double()
+    noise = (system @ entries - 1).square().sum() / max(len(system) - 6, 1)
+    spread = noise * torch.linalg.pinv(system.T @ system)            # covariance of entries (6, 6)
+    # var(red - green) = S_rr - 2 S_rg + S_gg; entries are in the order rr rg rb gg gb bb.
+    differences = system.new_tensor([[1, -2, 0, 1, 0, 0], [1, 0, -2, 0, 0, 1], [0, 0, 0, 1, -2, 1]])
+    errors = (differences @ spread @ differences.T).diagonal().clamp_min(0).sqrt()          # (3,)
+    grey = (entries @ system.new_tensor([1, 2, 2, 1, 2, 1])) / 9
+    return bool(errors.max() > grey / 2)
 
 
 def square_root(matrices, power=0.5):

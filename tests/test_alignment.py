@@ -45,6 +45,21 @@ def test_the_colours_of_the_private_images_are_read_off_a_pointwise_filter(image
     torch.testing.assert_close(cov, torch.cov(pixels), atol=1e-4, rtol=1e-2)
 
 
+def test_a_layer_that_hardly_sees_colour_gives_typical_ones_not_noise():
+    torch.manual_seed(0)
+    seen = torch.randn(16, 1).expand(16, 3)                          # brightness alone
+    true = 0.08 * (0.05 * torch.eye(3) + 0.95)
+
+    def read(filters):
+        var = ((filters @ true) * filters).sum(dim=1) * (1 + 0.2 * torch.randn(16))     # with edges
+        return colour_target(lambda x: x.mean(dim=(2, 3)) @ filters.T, filters.sum(dim=1) * 0.4,
+                             var, (4, 4))[1]
+
+    torch.testing.assert_close(read(seen + 0.02 * torch.randn(16, 3)), true, atol=0, rtol=0.1)
+    colourful = read(torch.randn(16, 3))                             # read as it is, not replaced
+    assert colourful[0, 1] != colourful[0, 2]
+
+
 def test_transfer_gives_exactly_the_asked_mean_and_covariance(images):
     mean = torch.tensor([0.4, 0.5, 0.6])
     cov = torch.tensor([[0.004, 0.002, 0.001], [0.002, 0.003, 0.001], [0.001, 0.001, 0.002]])
