@@ -32,6 +32,7 @@ from records import differences, read_csv
 UNIFORM = "--schedule uniform"
 RANDOM, CONFIDENCE = f"--sampling random {UNIFORM}", f"--sampling confidence {UNIFORM}"
 CHANNELS = "--kd pixelwise+10*channelwise"
+RECIPE = f"--metric kl --align transfer-first {CHANNELS} {UNIFORM}"
 # The first row of a preset is the one that the others are compared with. {data_root} is the
 # folder that the common options name.
 PRESETS = {
@@ -45,7 +46,8 @@ PRESETS = {
                  "original images": f"--pool {{data_root}}/train --budget 0 {UNIFORM}"},
     "recipe": {"random": RANDOM,
                "nearest (ADS)": UNIFORM,
-               "best recipe": f"--metric kl --align transfer-first {CHANNELS} {UNIFORM}",
+               "best recipe": RECIPE,
+               "best recipe from 100 files": f"{RECIPE} --budget 100",
                "original images": f"--pool {{data_root}}/train --budget 0 {UNIFORM}",
                "original images, same loss":
                    f"--pool {{data_root}}/train --budget 0 {CHANNELS} {UNIFORM}"},
@@ -72,13 +74,11 @@ PRESETS = {
                "noise": f"--pool runs/noise --budget 0 {UNIFORM}"},
     "alignment": {"random": RANDOM,
                   "random, colours transferred": f"{RANDOM} --align transfer",
+                  "random, colours fitted": f"{RANDOM} --align fit",
                   "nearest (ADS)": UNIFORM,
                   "nearest, colours transferred": f"{UNIFORM} --align transfer",
+                  "nearest, colours fitted": f"{UNIFORM} --align fit",
                   "transferred, then nearest": f"{UNIFORM} --align transfer-first"},
-    "fitted": {"random": RANDOM,
-               "random, colours fitted": f"{RANDOM} --align fit",
-               "nearest (ADS)": UNIFORM,
-               "nearest, colours fitted": f"{UNIFORM} --align fit"},
     "budget": {**{f"{name}, {budget} files": f"{words} --budget {budget}"
                   for budget in (50, 100, 200, 400, 800)
                   for name, words in (("random", RANDOM), ("nearest (ADS)", UNIFORM))},
