@@ -91,8 +91,9 @@ def hardly_sees_colour(system, entries):
     of the difference of two colours above half the variance of grey.
     """
     system, entries = system.double(), entries.double()
-    noise = (system @ entries - 1).square().sum() / max(len(system) - 6, 1)
-    spread = noise * torch.linalg.pinv(system.T @ system)            # covariance of entries (6, 6)
+    noise = (system @ entries - 1).square().sum() / max(len(system) - 6, 1) + 1e-6
+    gram = system.T @ system + 1e-9 * system.square().sum() * torch.eye(6).to(system)   # invertible
+    spread = noise * torch.linalg.inv(gram)                          # covariance of entries (6, 6)
     # var(red - green) = S_rr - 2 S_rg + S_gg; entries are in the order rr rg rb gg gb bb.
     differences = system.new_tensor([[1, -2, 0, 1, 0, 0], [1, 0, -2, 0, 0, 1], [0, 0, 0, 1, -2, 1]])
     errors = (differences @ spread @ differences.T).diagonal().clamp_min(0).sqrt()          # (3,)
