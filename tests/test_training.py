@@ -168,7 +168,15 @@ def test_a_signal_waits_for_the_end_of_the_step_saves_and_resumes_to_the_bit(tmp
     assert again == curve and fingerprint(resumed) == fingerprint(whole)
 
 
-def test_a_second_signal_acts_at_once(tmp_path):
+@pytest.fixture
+def interruptible():
+    """Handle SIGINT as Python does, which a shell's background jobs do not: they ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_acts_at_once(tmp_path, interruptible):
     model = network()
 
     def batch_loss(progress, images, slots):
