@@ -43,6 +43,19 @@ def conv_bn(c_in, c_out, kernel=3, stride=1, act=True):
     return nn.Sequential(*layers, nn.ReLU(inplace=True)) if act else nn.Sequential(*layers)
 
 
+class HalfSize(nn.Module):
+    """The mean of each 2x2 pixels, or of what an odd edge leaves of them: (B, C, H, W) ->
+    (B, C, H/2, W/2), rounded up.
+
+    This is nn.AvgPool2d(2, ceil_mode=True), which torch 2.11 exports for some image sizes only.
+    """
+
+    def forward(self, x):
+        x = F.pad(x, (0, 1, 0, 1), mode="replicate")
+        x = x[..., :-1:2, :] + x[..., 1::2, :]
+        return (x[..., :-1:2] + x[..., 1::2]) / 4
+
+
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut: (B, c_in, H, W) -> (B, c_out, H/stride, W/stride)."""
 
@@ -52,7 +65,7 @@ class ResidualBlock(nn.Module):
         # The shortcut averages before its 1x1 convolution (ResNet-D): a strided one would look at
         # a quarter of the pixels only.
         self.shortcut = nn.Identity() if c_in == c_out and stride == 1 else nn.Sequential(
-            nn.AvgPool2d(stride, ceil_mode=True), conv_bn(c_in, c_out, 1, act=False))
+            HalfSize() if stride == 2 else nn.Identity(), conv_bn(c_in, c_out, 1, act=False))
 
     def forward(self, x):
         return F.relu(self.body(x) + self.shortcut(x))

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from models import (MODELS, MobileNetV2Features, ResidualBlock, SegmentationModel, build_model,
-                    cost, fingerprint, freeze, segmentation_logits)
+from models import (MODELS, HalfSize, MobileNetV2Features, ResidualBlock, SegmentationModel,
+                    build_model, cost, fingerprint, freeze, segmentation_logits)
 
 
 def images(*shape, seed=0):
@@ -130,6 +130,12 @@ def test_a_residual_block_is_the_sum_of_body_and_shortcut(c_out, stride):
         averaged = F.avg_pool2d(x, stride, ceil_mode=True) if stride > 1 else x
         expected = block.shortcut[1](averaged)
     torch.testing.assert_close(block(x), expected.relu())
+
+
+@pytest.mark.parametrize("size", [(8, 12), (7, 12), (9, 5), (1, 2)])
+def test_half_size_is_average_pooling_that_keeps_an_odd_edge(size):
+    x = torch.rand(2, 3, *size)
+    torch.testing.assert_close(HalfSize()(x), nn.AvgPool2d(2, ceil_mode=True)(x))
 
 
 @pytest.mark.parametrize("output_stride", [8, 16])
