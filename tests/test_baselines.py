@@ -10,6 +10,7 @@ import torch
 from conftest import with_random_statistics
 from PIL import Image
 
+import baselines
 import checkpoint
 import distill
 import evaluate
@@ -124,7 +125,7 @@ def test_batch_statistics_from_those_of_single_images_are_the_pooled_ones(teache
     images = torch.rand(6, 3, *SIZE) * torch.rand(6, 3, 1, 1)
     with capture_bn_inputs(teacher) as captured:
         inputs = bn_inputs(teacher, images)
-    pooled = generators.batch_statistics(captured)
+    pooled = baselines.batch_statistics(captured)
     assert list(pooled) == list(inputs)
     for name, x in inputs.items():
         torch.testing.assert_close(pooled[name][0][0], x.mean((0, 2, 3)), rtol=1e-5, atol=1e-5)
@@ -141,7 +142,7 @@ def test_the_bn_loss_is_a_sum_of_norms_with_the_first_layer_ten_times(teacher):
         d = ((x.mean((0, 2, 3)) - layer.running_mean).norm()
              + (x.var((0, 2, 3), correction=0) - layer.running_var).norm())
         expected += 10 * d if i == 0 else d
-    torch.testing.assert_close(generators.bn_loss(captured, bn_layers(teacher)), expected)
+    torch.testing.assert_close(baselines.bn_loss(captured, bn_layers(teacher)), expected)
 
 
 def test_deepinversion_brings_noise_nearer_to_the_statistics(teacher, pool_folder):
@@ -150,11 +151,11 @@ def test_deepinversion_brings_noise_nearer_to_the_statistics(teacher, pool_folde
     def distance(images):
         with torch.no_grad(), capture_bn_inputs(teacher) as captured:
             teacher(images)
-        return generators.bn_loss(captured, bn_layers(teacher)).item()
+        return baselines.bn_loss(captured, bn_layers(teacher)).item()
 
     torch.manual_seed(0)
     noise, before = torch.rand(4, 3, *SIZE), fingerprint(teacher)
-    images = generators.deepinversion(teacher, noise, steps=30)
+    images = baselines.deepinversion(teacher, noise, steps=30)
     assert distance(images) < 0.8 * distance(noise)
     assert images.shape == noise.shape and images.min() >= 0 and images.max() <= 1
     assert fingerprint(teacher) == before and not images.requires_grad
@@ -170,17 +171,16 @@ def test_deepinversion_writes_as_many_images_as_asked_for(teacher_file, tmp_path
 
 @pytest.mark.parametrize("size", [(96, 128), (128, 128), (12, 41)])
 def test_the_generator_makes_images_of_any_size(size):
-    images = generators.new_generator(size, width=2)(torch.randn(3, generators.NZ, 1, 1))
+    images = baselines.new_generator(size, width=2)(torch.randn(3, baselines.NZ, 1, 1))
     assert images.shape == (3, 3, *size) and images.abs().max() <= 1
     assert images.std() > 0.3                                       # not grey at the start
 
 
 def test_dfad_trains_student_and_generator_and_leaves_the_teacher_alone(teacher):
-    student, generator = build_model("resnet_tiny", 5), generators.new_generator(SIZE, width=4)
+    student, generator = build_model("resnet_tiny", 5), baselines.new_generator(SIZE, width=4)
     before = [copy.deepcopy(dict(model.named_parameters())) for model in (student, generator)]
     memory = fingerprint(teacher)
-    cfg = generators.Config(steps=10, batch_size=2, amp="off")
-    curve = generators.dfad(teacher, student, generator, cfg)
+    curve = baselines.dfad(teacher, student, generator, steps=10, batch_size=2)
     assert [step for step, _ in curve] == [5, 10] and not student.training
     for model, old in zip((student, generator), before, strict=True):
         assert not any(torch.equal(p, old[name]) for name, p in model.named_parameters()
@@ -189,16 +189,15 @@ def test_dfad_trains_student_and_generator_and_leaves_the_teacher_alone(teacher)
 
 
 def test_dfad_alternates_five_losses_of_the_student_and_one_of_the_generator(teacher, monkeypatch):
-    losses, update = [], generators.update
+    losses, update = [], baselines.update
 
     def watch(optimiser, lr, loss, inputs=None):
         losses.append((type(optimiser).__name__, lr, loss.item()))
         update(optimiser, lr, loss, inputs)
 
-    monkeypatch.setattr(generators, "update", watch)
-    student, generator = build_model("resnet_tiny", 5), generators.new_generator(SIZE, width=4)
-    cfg = generators.Config(steps=10, batch_size=8, lr=0.01, amp="off")
-    curve = generators.dfad(teacher, student, generator, cfg)
+    monkeypatch.setattr(baselines, "update", watch)
+    student, generator = build_model("resnet_tiny", 5), baselines.new_generator(SIZE, width=4)
+    curve = baselines.dfad(teacher, student, generator, steps=10, batch_size=8, lr=0.01)
     assert [name for name, _, _ in losses] == (["SGD"] * 5 + ["Adam"]) * 2
     for (_, lr, l1), (_, generator_lr, loss) in (losses[4:6], losses[10:12]):
         # Of other noise, hence about: -log(L1 + 1).
@@ -221,10 +220,9 @@ def test_a_dfad_run_depends_on_the_seed_alone_and_can_be_evaluated(teacher, teac
 
 
 def test_a_loss_that_explodes_stops_dfad(teacher):
-    cfg = generators.Config(steps=20, batch_size=2, lr=1e20, amp="off")
     with pytest.raises(ValueError, match="lower --lr"):
-        generators.dfad(teacher, build_model("resnet_tiny", 5),
-                        generators.new_generator(SIZE, width=2), cfg)
+        baselines.dfad(teacher, build_model("resnet_tiny", 5),
+                       baselines.new_generator(SIZE, width=2), steps=20, batch_size=2, lr=1e20)
 
 
 # ---------------------------------------------------------------- the oracle
