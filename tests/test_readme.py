@@ -1,4 +1,4 @@
-"""The README is true: its commands parse, its snippet runs, its tables and names exist."""
+"""README.md and results/README.md are true: commands parse, the snippet runs, tables agree."""
 
 import importlib
 import json
@@ -19,21 +19,24 @@ import export
 import options
 import train_teacher
 from data import CITYSCAPES, VOC
-from experiments import benchmark, compare, shuffle_tiles
+from experiments import benchmark, compare, generators, shuffle_tiles
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text()
+RESULTS = (REPOSITORY / "results" / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 PROGRAMS = {"distill.py": distill, "train_teacher.py": train_teacher, "evaluate.py": evaluate,
             "export.py": export, "experiments.compare": compare,
             "experiments.benchmark": benchmark,
-            "experiments.shuffle_tiles": shuffle_tiles}
+            "experiments.shuffle_tiles": shuffle_tiles,
+            "experiments.generators": generators}
 CONCEPTS = ("bn_stats", "ads_sampler", "priority", "kd_loss", "alignment")
 
 
 def commands():
-    """Return (program, words) of every command line in the README and in module docstrings."""
-    sources = [README] + [path.read_text().split('"""')[1] for path in REPOSITORY.glob("*.py")]
+    """Return (program, words) of every command line in both pages and in module docstrings."""
+    sources = [README, RESULTS]
+    sources += [path.read_text().split('"""')[1] for path in REPOSITORY.glob("*.py")]
     sources += [path.read_text().split('"""')[1]
                 for path in REPOSITORY.glob("experiments/[bc]*.py")]
     text = "\n".join(sources).replace("\\\\\n", " ").replace("\\\n", " ")
@@ -111,10 +114,19 @@ def test_the_file_list_is_complete():
 
 
 def test_every_table_is_generated_from_its_record():
-    tables = re.findall(r"<!-- table: (\S+) -->\n(.*?)\n?<!-- end -->", README, re.DOTALL)
-    assert tables
+    tables = re.findall(r"<!-- table: (\S+) -->\n(.*?)\n?<!-- end -->", README + RESULTS,
+                        re.DOTALL)
+    assert len(tables) >= 10
     for path, text in tables:
         assert text == compare.table(json.loads((REPOSITORY / path).read_text())), path
+
+
+@pytest.mark.parametrize(("text", "folder"), [(README, "."), (RESULTS, "results")])
+def test_every_link_and_every_record_that_is_named_exists(text, folder):
+    for target in re.findall(r"\]\((?!https?:)([^)#]*)", text):
+        assert not target or (REPOSITORY / folder / target).exists(), target
+    for record in re.findall(r"`(results/\S+?\.(?:json|csv|png))`", text):
+        assert (REPOSITORY / record).exists(), record
 
 
 @pytest.mark.parametrize("module", CONCEPTS)
