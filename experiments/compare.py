@@ -51,6 +51,12 @@ PRESETS = {
                "original images": f"--pool {{data_root}}/train --budget 0 {UNIFORM}",
                "original images, same loss":
                    f"--pool {{data_root}}/train --budget 0 {CHANNELS} {UNIFORM}"},
+    "length": {f"{name}, {steps} updates": f"{words} --steps {steps}"
+               for steps in (600, 1800, 3600) for name, words in
+               (("original images", f"--pool {{data_root}}/train --budget 0 {UNIFORM}"),
+                ("nearest (ADS)", UNIFORM),
+                ("best recipe", RECIPE),
+                ("best recipe from 100 files", f"{RECIPE} --budget 100"))},
     "pair": {"random": RANDOM,
              "nearest, progressive weights (DFSS)": ""},
     "scenes": {"random": RANDOM,
@@ -191,9 +197,13 @@ def paired(by_seed, reference):
     return f"{statistics.mean(both):+.1f} ± {half:.1f}"
 
 
-def like(name, names):
-    """Return the row that `name` is compared with: the first of its size, "..., 50 files"."""
-    return next(n for n in names if plots.size_of(n)[1:] == plots.size_of(name)[1:])
+def like(name, names, other=None):
+    """Return the row that `name` is compared with: the first of its size, "..., 50 files".
+
+    other: a row's name without its size; the row of that name and of this size, or None.
+    """
+    return next((n for n in names if plots.size_of(n)[1:] == plots.size_of(name)[1:]
+                 and other in (None, plots.size_of(n)[0])), None)
 
 
 def table(record):
@@ -201,12 +211,13 @@ def table(record):
     scores = {}
     for run in record["runs"]:
         scores.setdefault(run["row"], {})[run["seed"]] = 100 * run["student_miou"]
-    first, original = next(iter(scores.values())), scores.get("original images")
+    first = next(iter(scores.values()))
+    originals = {name: scores.get(like(name, scores, "original images")) for name in scores}
     sizes = "" if like(list(scores)[-1], scores) == next(iter(scores)) else " of its size"
     others = [name for name in ("confidence", "the whole pool") if name in scores]
     header = [f"row (seeds: {len(first)})", "mIoU %",
               f"difference to the first row{sizes}, 95 % interval"]
-    header += [f"to {name}" for name in others] + ["of original, %"] * bool(original)
+    header += [f"to {name}" for name in others] + ["of original, %"] * any(originals.values())
     lines = []
     for name, by_seed in scores.items():
         values = list(by_seed.values())
@@ -214,7 +225,8 @@ def table(record):
         cells = [name, f"{statistics.mean(values):.1f}{spread}",
                  paired(by_seed, scores[like(name, scores)])]
         cells += [paired(by_seed, scores[other]) for other in others]
-        if original:
+        if any(originals.values()):
+            original = originals[name] or {}
             kept = [100 * by_seed[seed] / original[seed] for seed in by_seed if seed in original]
             cells.append(f"{statistics.mean(kept):.0f}" if kept else "")
         kinds = next(run["picks"] for run in record["runs"] if run["row"] == name)

@@ -51,6 +51,15 @@ def test_a_row_of_a_series_is_compared_with_the_first_of_its_size():
                      ["", "-3.0 ± 0.0"], ["+3.5 ± 6.4", "+0.5 ± 6.4"], ["", ""]]
 
 
+def test_a_row_of_a_series_is_measured_against_the_original_images_of_its_size():
+    record = {"runs": runs("original images, 10 updates", [40, 50])
+              + runs("x, 10 updates", [30, 40]) + runs("original images, 20 updates", [50, 50])
+              + runs("x, 20 updates", [45, 45]) + runs("x, 30 updates", [9, 9])}
+    header, _, *lines = table(record).split("\n")
+    assert header.split(" | ")[3] == "of original, %"
+    assert [line.split(" | ")[3] for line in lines] == ["100", "78", "100", "90", ""]
+
+
 def test_the_figures_are_drawn(tmp_path, monkeypatch):
     record = {"runs": runs("random", [30, 32]) + runs("nearest", [33, 36])}
     plots.comparison(record, tmp_path / "a.png")
