@@ -32,10 +32,10 @@ import plots
 import records
 from ads_sampler import sample
 from bn_stats import METRICS, bn_distance, bn_layers, capture_bn_inputs, select_layers
-from data import (DATASETS, Batches, Pool, check_labels, find_images, hold_out, leave_out,
-                  open_labelled)
+from data import Batches, Pool, find_images, hold_out, leave_out
 from evaluate import as_input, evaluate, report
 from kd_loss import LOSSES, parse_losses
+from labelled import DATASETS, check_labels, open_labelled
 from models import MODELS, build_model, cost, fingerprint, freeze, segmentation_logits
 from options import one_sentence, option, parse
 from priority import (SCHEDULES, effective_sample_size, progressive_weights, sample_weights,

@@ -34,8 +34,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import atomic, load_model, save_json
-from data import (DATASETS, check_labels, class_colours, find_images, load_image, open_labelled,
-                  overlay, to_tensor, whole_view)
+from data import find_images, load_image, to_tensor, whole_view
+from labelled import DATASETS, check_labels, class_colours, open_labelled, overlay
 from models import segmentation_logits
 from options import one_sentence, option, parse
 from training import pick_device

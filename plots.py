@@ -12,8 +12,9 @@ import torch
 from matplotlib.figure import Figure
 
 from checkpoint import atomic
-from data import class_colours, load_image, view
+from data import load_image, view
 from evaluate import as_input, predict
+from labelled import class_colours
 from priority import progressive_weights
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#a0aec0"

@@ -23,8 +23,9 @@ from tqdm import tqdm
 import checkpoint
 import records
 import scenes
-from data import DATASETS, IGNORE, Batches, check_labels, open_labelled
+from data import Batches
 from evaluate import evaluate, report
+from labelled import DATASETS, IGNORE, check_labels, open_labelled
 from models import MODELS, build_model
 from options import one_sentence, option, parse
 from training import OPTIMISERS, fit, pick_amp, pick_device

@@ -19,8 +19,9 @@ from tqdm import tqdm
 from ads_sampler import moment_features, sample, score_pool
 from bn_stats import METRICS, bn_distance, bn_layers, capture_bn_inputs
 from checkpoint import load_model
-from data import Pool, class_colours, find_images, load_image, view
+from data import Pool, find_images, load_image, view
 from evaluate import as_input
+from labelled import class_colours
 from models import freeze
 from options import one_sentence, option, parse
 from plots import BLUE, GREY, ORANGE, strip, write

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from data import CITYSCAPES, class_colours
+from labelled import CITYSCAPES, class_colours
 from models import SegmentationModel
 
 

@@ -12,9 +12,9 @@ from torch import nn
 import evaluate as program
 from checkpoint import save_model
 from conftest import nearest_colour
-from data import CAMVID, CITYSCAPES, VOC, class_colours
 from evaluate import (confusion_matrix, evaluate, mask_names, mean_iou, predict, report, summary,
                       write_masks)
+from labelled import CAMVID, CITYSCAPES, VOC, class_colours
 from models import build_model
 
 ABSENT = math.nan

@@ -18,8 +18,8 @@ import evaluate
 import export
 import options
 import train_teacher
-from data import CITYSCAPES, VOC
 from experiments import benchmark, compare, generators, shuffle_tiles
+from labelled import CITYSCAPES, VOC
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text()

@@ -1,0 +1,244 @@
+"""Labelled data sets: CamVid, Pascal VOC, Cityscapes, the built-in scenes and any folder.
+
+Idea
+    A data set is two lists of files and a table from the values in its masks to classes. All five
+    are therefore one class, `Labelled`, and differ in how their files are listed. What a user may
+    get wrong (another void, train ids for label ids, a mask in RGB) is found and said, not guessed.
+
+Symbols
+    K classes, H W pixels.
+
+Use it
+    from labelled import open_labelled
+    data = open_labelled("camvid", "CamVid", "val", size=(96, 128))
+    image, target = data[0]       # uint8 (3, h, w) at the scale of size, int64 (H, W) at its own
+"""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+import scenes
+from data import find_images, load_image, to_tensor, view, whole_view
+
+IGNORE = 255
+CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car",
+          "pedestrian", "bicyclist")
+VOC = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+       "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+       "train", "tvmonitor")
+CITYSCAPES = tuple(c.name for c in torchvision.datasets.Cityscapes.classes
+                   if c.train_id not in (-1, 255))
+VOID = "void"                                            # the name of a value that is ignored
+# For each data set its class names (None: see list_folder) and the size it is used at.
+DATASETS = {"scenes": (scenes.CLASSES, (64, 96)), "camvid": (CAMVID, (360, 480)),
+            "voc": (VOC, (512, 512)), "cityscapes": (CITYSCAPES, (512, 1024)),
+            "folder": (None, (256, 256)), "none": (None, (256, 256))}
+HINTS = {"folder": "; line k + 1 of a classes.txt in --data-root names the value k, 'void' one to "
+                   "ignore, for labels that count from 1 or have another void than 255",
+         "cityscapes": "; if these are train ids, name the files *_gtFine_labelTrainIds.png"}
+
+
+class Labelled(Dataset):
+    """Item i is (whole image at working scale, uint8 (3, h, w); label at its own size, (H, W)).
+
+    table: (256,) from a value in the file to a class, to IGNORE, or to -1 where it must not occur;
+    hint: what to do then. resize_labels: labels are reduced to the working scale, too (nearest).
+    """
+
+    def __init__(self, images, labels, table, class_names, size, hint="", resize_labels=False):
+        self.images, self.labels, self.table, self.hint = images, labels, table, hint
+        self.class_names, self.size = list(class_names), tuple(size)
+        self.resize_labels = resize_labels
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        image, mask = load_image(self.images[index]), self.mask(index)
+        if image.size != mask.size:
+            raise ValueError(f"{self.labels[index]} is {mask.width}x{mask.height} but its image is "
+                             f"{image.width}x{image.height}; they must have the same size")
+        if self.resize_labels:
+            mask = whole_view(mask, self.size, Image.NEAREST)
+        return to_tensor(whole_view(image, self.size)), self.classes(mask, index)
+
+    def mask(self, index):
+        """Return the index mask of a file as it is, a PIL picture."""
+        return load_mask(self.labels[index])
+
+    def classes(self, mask, index):
+        """Return the classes of an index mask that belongs to a file: int64 (H, W)."""
+        target = self.table[to_tensor(mask).long()]
+        if (target < 0).any():
+            bad = sorted(set(np.asarray(mask)[(target < 0).numpy()].tolist()))
+            raise ValueError(f"{self.labels[index]} holds the label values {bad[:8]}, which are "
+                             f"none of the {len(self.class_names)} classes nor void{self.hint}")
+        return target
+
+
+def load_mask(path):
+    """Return an index mask, one number a pixel. Raises ValueError for an RGB or a broken mask."""
+    try:
+        with Image.open(path) as mask:
+            mode, indices = mask.mode, np.asarray(mask)             # the indices, not the colours
+    except Exception as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+    if mode not in ("L", "P", "1"):
+        raise ValueError(f"{path} is a {mode} picture; expected an index mask with one class "
+                         "number a pixel (8-bit greyscale or palette)")
+    return Image.fromarray(indices.astype(np.uint8))
+
+
+def open_labelled(dataset, root, split, size, num_classes=None, download=False,
+                  resize_labels=False):
+    """Return a data set as `Labelled`: scenes, camvid, voc, cityscapes or folder.
+
+    root: for camvid a folder with <split>/ and <split>annot/; for voc and cityscapes the trees of
+    their archives; for scenes and folder <split>/images and <split>/labels, or images and labels.
+    split: "val", or "train:0001TP,0016E5" to keep files whose names begin so (CamVid's sequences).
+    Raises FileNotFoundError or ValueError with what was expected.
+    """
+    if not root or not (download or Path(root).is_dir()):
+        raise FileNotFoundError(f"there is no folder {root}; --data-root must name the {dataset} "
+                                "data (README, 'Data layouts')")
+    part, _, sequences = split.partition(":")
+    images, labels, values = LISTINGS[dataset](Path(root), part, download)
+    values = (values or DATASETS[dataset][0]                               # names of 0, 1, ...
+              or [f"class {k}" for k in range(num_classes or 0)])
+    names = [name for name in dict.fromkeys(values) if name != VOID]
+    if not names or num_classes not in (None, len(names)):
+        raise ValueError(f"{dataset} has {len(names) or 'an unknown number of'} classes, but "
+                         f"{num_classes} were expected; --num-classes or a classes.txt tells, and "
+                         "the teacher's must be the same")
+    keep = [i for i, path in enumerate(images) if path.name.startswith(tuple(sequences.split(",")))]
+    if not keep:
+        raise ValueError(f"{root} has no image in split {split!r}")
+    images, labels = [images[i] for i in keep], [labels[i] for i in keep]
+    absent = [path for path in images + labels if not path.is_file()]
+    if absent:                                          # better now than after hours of training
+        raise FileNotFoundError(f"{len(absent)} files of {dataset}, split {split!r}, are missing; "
+                                f"the first is {absent[0]}")
+    table = torch.full((256,), -1)
+    # Official labelIds know no 255: a file with one holds train ids under a wrong name.
+    table[IGNORE] = -1 if dataset == "cityscapes" and VOID in values else IGNORE
+    for value, name in enumerate(values):
+        table[value] = IGNORE if name == VOID else names.index(name)
+    return Labelled(images, labels, table, names, size, HINTS.get(dataset, ""), resize_labels)
+
+
+def paired(images, labels):
+    """Return the files of two folders, paired by relative path without suffix.
+
+    Raises ValueError that names an image without a label.
+    """
+    files = find_images(images)
+    by_name = {path.relative_to(labels).with_suffix(""): path for path in find_images(labels)}
+    names = [path.relative_to(images).with_suffix("") for path in files]
+    alone = [path for path, name in zip(files, names, strict=True) if name not in by_name]
+    if alone:
+        raise ValueError(f"{len(alone)} images have no label, the first is {alone[0]}; expected a "
+                         f"file of the same name below {labels}")
+    return files, [by_name[name] for name in names]
+
+
+def list_folder(root, part, download):
+    """Return (images, labels, names of the label values 0, 1, ..., if a classes.txt tells them).
+
+    A value named "void" or not at all is ignored, and values of one name are one class.
+    """
+    known = root / "classes.txt"
+    lines = known.read_text().rstrip().splitlines() if known.is_file() else []
+    root = root / part if (root / part).is_dir() else root
+    return *paired(root / "images", root / "labels"), [line.strip() or VOID for line in lines]
+
+
+def list_camvid(root, part, download):
+    return *paired(root / part, root / f"{part}annot"), (*CAMVID, VOID)
+
+
+def list_voc(root, part, download):
+    """Return (images, labels, names) of train, val, trainval, or trainaug where it was added.
+
+    trainaug.txt holds names, or "/JPEGImages/A.jpg /SegmentationClassAug/A.png" a line.
+    """
+    voc = root / "VOCdevkit" / "VOC2012"
+    listing = voc / "ImageSets" / "Segmentation" / f"{part}.txt"
+
+    def files():
+        lines = [line.split() for line in listing.read_text().splitlines() if line.strip()]
+        masks = "SegmentationClassAug" if "aug" in part else "SegmentationClass"
+        lines = [line if len(line) == 2 else (f"JPEGImages/{line[0]}.jpg", f"{masks}/{line[0]}.png")
+                 for line in lines]
+        return [[voc / line[i].lstrip("/") for line in lines] for i in (0, 1)]
+
+    # torchvision would extract the archive again on every run.
+    if download and not (listing.is_file() and all(p.is_file() for p in sum(files(), []))):
+        try:
+            torchvision.datasets.VOCSegmentation(root, download=True)
+        except RuntimeError as error:
+            raise OSError(f"Pascal VOC could not be fetched to {root}: {error}") from error
+    if not listing.is_file():
+        raise FileNotFoundError(f"no Pascal VOC 2012 with the split {part!r} below {root}: there "
+                                f"is no {listing}; --download fetches all but trainaug")
+    return *files(), VOC
+
+
+def list_cityscapes(root, part, download):
+    """Return (images, labels, names): labelIds, or labelTrainIds where there is none of these."""
+    images = [path for path in find_images(root / "leftImg8bit" / part)
+              if path.stem.endswith("_leftImg8bit")]
+    fine = root / "gtFine" / part
+    kind = "labelIds" if any(fine.glob("*/*_gtFine_labelIds.png")) else "labelTrainIds"
+    labels = [fine / path.parent.name / path.name.replace("leftImg8bit", f"gtFine_{kind}")
+              for path in images]
+    ids = [VOID if c.train_id == 255 else c.name
+           for c in torchvision.datasets.Cityscapes.classes[:-1]]               # the last is id -1
+    return images, labels, ids if kind == "labelIds" else CITYSCAPES
+
+
+LISTINGS = {"scenes": list_folder, "folder": list_folder, "camvid": list_camvid, "voc": list_voc,
+            "cityscapes": list_cityscapes}
+
+
+def class_colours(class_names):
+    """Return an RGB colour for each class: scenes' or Cityscapes' own, else Pascal VOC's map."""
+    if tuple(class_names) == scenes.CLASSES:
+        return scenes.PALETTE
+    if tuple(class_names) == CITYSCAPES:
+        return [c.color for c in torchvision.datasets.Cityscapes.classes if c.name in CITYSCAPES]
+    # VOC spreads the bits of the class number over the high bits of red, green and blue.
+    return [tuple(sum((k >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3))
+                  for channel in range(3)) for k in range(len(class_names))]
+
+
+def check_labels(data, most=2000):
+    """Open a Labelled data set, at most about `most` pairs of it; ValueError names a bad one.
+
+    Returns (pixels of each class and of void (K + 1,), number of labels of each (H, W)).
+    """
+    K = len(data.class_names)
+    pixels, sizes = torch.zeros(K + 1, dtype=torch.int64), Counter()
+    for i in tqdm(range(0, len(data), -(-len(data) // most)), desc="checking labels", leave=False):
+        target = data[i][1]
+        pixels += target.clamp(max=K).flatten().bincount(minlength=K + 1)
+        sizes[tuple(target.shape)] += 1
+    return pixels, sizes
+
+
+def overlay(data, count=4):
+    """Return `count` images of a Labelled data set, spread over it, with their labels over them."""
+    colours = np.array([*class_colours(data.class_names), (0, 0, 0)], dtype=np.uint8)
+    tiles = []
+    for i in np.linspace(0, len(data) - 1, count).astype(int):
+        image, target = data[i]
+        image = Image.fromarray(image.permute(1, 2, 0).numpy())
+        mask = Image.fromarray(colours[target.clamp(max=len(colours) - 1)]).resize(image.size, 0)
+        tiles.append(view(Image.blend(image, mask, 0.5), data.size))
+    return Image.fromarray(np.hstack([np.asarray(tile) for tile in tiles]))

@@ -1,0 +1,236 @@
+"""labelled.py against the data sets' own layouts, in miniature."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import checkpoint
+import evaluate
+from labelled import CITYSCAPES, check_labels, class_colours, open_labelled
+from models import build_model
+from pictures import coordinates, folder, mask, write
+
+
+def test_camvid_is_read_with_its_void_and_by_sequence(tmp_path):
+    for name in ("0001TP_006690.png", "0006R0_f00930.jpg", "0016E5_00390.png"):
+        write(tmp_path / "train" / name, coordinates(6, 2))
+        write(tmp_path / "trainannot" / f"{name[:-4]}.png",
+              mask([0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]))
+    data = open_labelled("camvid", tmp_path, "train", (4, 12), 11)
+    assert len(data) == 3 and data.class_names[3] == "road" and data.class_names[10] == "bicyclist"
+    for image, target in data:
+        assert image.shape == (3, 4, 12) and image.dtype == torch.uint8
+        assert target.tolist() == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 255]]
+    part = open_labelled("camvid", tmp_path, "train:0001TP,0016E5", (4, 12))
+    assert [path.name[:6] for path in part.images] == ["0001TP", "0016E5"]
+    with pytest.raises(ValueError, match="no image in split 'train:0005VD'"):
+        open_labelled("camvid", tmp_path, "train:0005VD", (4, 12))
+
+
+def test_a_folder_is_read_with_and_without_a_split_and_paired_below_subfolders(tmp_path):
+    for root in (tmp_path, tmp_path / "val"):
+        for k, name in enumerate(("street/1.jpg", "yard/1.jpg")):
+            write(root / "images" / name, coordinates(2, 2))
+            write(root / "labels" / name.replace("jpg", "png"), mask([k, k], [k, 255]))
+    for split, where in (("val", tmp_path / "val"), ("train", tmp_path)):
+        data = open_labelled("folder", tmp_path, split, (2, 2), 2)
+        assert data.images[0] == where / "images" / "street" / "1.jpg"
+        assert [target.tolist() for _, target in data] == [[[0, 0], [0, 255]], [[1, 1], [1, 255]]]
+
+
+def counts(data):
+    """Return {class: pixels} over all labels of a data set."""
+    values, numbers = torch.cat([target.flatten() for _, target in data]).unique(return_counts=True)
+    return dict(zip(values.tolist(), numbers.tolist(), strict=True))
+
+
+def test_pascal_voc_is_read_by_split_from_palette_masks_at_each_images_own_size(voc_tree):
+    sizes = {"train": [(64, 90), (64, 90)], "val": [(48, 80), (120, 96)]}
+    sizes["trainval"] = sizes["train"] + sizes["val"]
+    for split, expected in sizes.items():
+        data = open_labelled("voc", voc_tree, split, (24, 24), 21)
+        assert [tuple(target.shape) for _, target in data] == expected
+        pixels, n = sum(h * w for h, w in expected), len(expected)
+        assert counts(data) == {0: pixels - 640 * n, 15: 512 * n, 255: 128 * n}
+    assert data.class_names[0] == "background" and data.class_names[15] == "person"
+    assert data[2][0].shape == (3, 24, 40) and data[3][0].shape == (3, 30, 24)   # covers 24 x 24
+
+
+@pytest.mark.parametrize("listing", ["2007_000032\n2008_000002\n", "".join(
+    f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png\n"
+    for name in ("2007_000032", "2008_000002"))])
+def test_trainaug_takes_the_added_masks_however_its_list_is_written(voc_tree, listing):
+    path = voc_tree / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "trainaug.txt"
+    path.write_text(listing)
+    data = open_labelled("voc", voc_tree, "trainaug", (24, 24), 21)
+    assert [path.name for path in data.images] == ["2007_000032.jpg", "2008_000002.jpg"]
+    assert {path.parent.name for path in data.labels} == {"SegmentationClassAug"}
+    assert counts(data) == {0: 2 * (64 * 90 - 640), 15: 1024, 255: 256}
+    data.labels[1].unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 files of voc, split 'trainaug'.*2008_000002"):
+        open_labelled("voc", voc_tree, "trainaug", (24, 24), 21)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no Pascal VOC 2012 with the split 'trainaug'"):
+        open_labelled("voc", voc_tree, "trainaug", (24, 24), 21)
+
+
+def test_download_fetches_pascal_voc_only_if_a_file_is_missing(voc_tree, tmp_path, monkeypatch):
+    fetched = []
+
+    def fetch(root, download):
+        fetched.append(root)
+        shutil.copytree(voc_tree, root, dirs_exist_ok=True)
+
+    monkeypatch.setattr(torchvision.datasets, "VOCSegmentation", fetch)
+    new = tmp_path / "new"
+    assert len(open_labelled("voc", new, "val", (24, 24), download=True)) == 2
+    assert len(open_labelled("voc", new, "val", (24, 24), download=True)) == 2
+    assert fetched == [new]
+    next(new.rglob("SegmentationClass/2007_000033.png")).unlink()       # was broken off, say
+    assert len(open_labelled("voc", new, "val", (24, 24), download=True)) == 2
+    assert fetched == [new, new]
+
+
+def test_cityscapes_is_read_in_file_order_with_its_ignored_pixels(cityscapes_tree):
+    train = open_labelled("cityscapes", cityscapes_tree, "train", (32, 64), 19)
+    assert [path.name[:13] for path in train.images] == ["aachen_000000", "aachen_000001",
+                                                         "bochum_000000"]
+    val = open_labelled("cityscapes", cityscapes_tree, "val", (32, 64), 19)
+    assert [path.name for path in val.labels] == ["frankfurt_000000_000294_gtFine_labelIds.png",
+                                                  "munster_000000_000019_gtFine_labelIds.png"]
+    assert counts(val) == {0: 2 * 1280, 13: 2 * 256, 255: 2 * 512}
+    assert val.class_names[::9] == ["road", "terrain", "bicycle"]
+    val.labels[1].unlink()
+    with pytest.raises(FileNotFoundError, match="1 files of cityscapes.*munster_000000_000019"):
+        open_labelled("cityscapes", cityscapes_tree, "val", (32, 64))
+
+
+# The official table of labels: the id of each of the nineteen classes.
+OFFICIAL = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11,
+            25: 12, 26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
+
+
+def test_cityscapes_ids_become_the_official_nineteen_classes(cityscapes_tree):
+    data = open_labelled("cityscapes", cityscapes_tree, "val", (32, 64))
+    every = Image.fromarray(np.arange(34, dtype=np.uint8).reshape(2, 17))
+    assert data.classes(every, 0).flatten().tolist() == [OFFICIAL.get(i, 255) for i in range(34)]
+
+
+def test_cityscapes_train_ids_are_taken_by_name_and_never_guessed(cityscapes_tree):
+    paths = sorted((cityscapes_tree / "gtFine" / "val").rglob("*_labelIds.png"))
+    for path in paths:
+        ids = np.asarray(Image.open(path))
+        train_ids = np.vectorize(lambda i: OFFICIAL.get(i, 255))(ids).astype(np.uint8)
+        Image.fromarray(train_ids).save(path)
+    data = open_labelled("cityscapes", cityscapes_tree, "val", (32, 64))
+    with pytest.raises(ValueError, match=r"labelIds.png holds .*\[255\].*name the files .*Train"):
+        data[0]
+    for path in paths:
+        path.rename(path.with_name(path.name.replace("labelIds", "labelTrainIds")))
+    data = open_labelled("cityscapes", cityscapes_tree, "val", (32, 64), 19)
+    assert counts(data) == {0: 2 * 1280, 13: 2 * 256, 255: 2 * 512}
+
+
+def test_a_classes_txt_names_the_values_with_void_wherever_it_is(tmp_path):
+    # NYUv2's 13 classes as they are commonly distributed: 0 is void, classes count from 1.
+    nyu = [f"thing {k}" for k in range(1, 14)]
+    root = folder(tmp_path, coordinates(7, 2), np.arange(14, dtype=np.uint8).reshape(2, 7))
+    with pytest.raises(ValueError, match=r"\[13\].*13 classes.*classes.txt.*count from 1"):
+        open_labelled("folder", root, "val", (2, 7), 13)[0]
+    (root / "classes.txt").write_text("\n".join(["void", *nyu]) + "\n")
+    data = open_labelled("folder", root, "val", (2, 7))
+    assert data.class_names == nyu
+    assert data[0][1].flatten().tolist() == [255, *range(13)]
+    (root / "classes.txt").write_text("wall\n\nfloor\nvoid\nwall\n")              # values merged
+    merged = open_labelled("folder", root, "val", (2, 7), 2)
+    assert merged.table[:6].tolist() == [0, 255, 1, 255, 0, -1] and merged.table[255] == 255
+    with pytest.raises(ValueError, match="folder has 2 classes, but 13"):
+        open_labelled("folder", root, "val", (2, 7), 13)
+
+
+def test_labels_can_be_reduced_to_the_working_scale_without_blending(voc_tree):
+    data = open_labelled("voc", voc_tree, "val", (24, 24), resize_labels=True)
+    assert [tuple(target.shape) for _, target in data] == [(24, 40), (30, 24)]
+    assert counts(data) == {0: 960 - 160 + 720 - 40, 15: 128 + 32, 255: 32 + 8}
+
+
+def test_a_label_that_is_no_class_is_named_with_its_file_and_value(tmp_path):
+    data = open_labelled("folder", folder(tmp_path, coordinates(2, 1), mask([0, 7])), "", (1, 2), 3)
+    with pytest.raises(ValueError, match=r"labels.a.png holds the label values \[7\].* 3 classes"):
+        data[0]
+
+
+@pytest.mark.parametrize(("labels", "message"), [
+    (coordinates(2, 1), "a.png is a RGB picture; expected an index mask"),
+    (mask([0, 1, 2]), "a.png is 3x1 but its image is 2x1")])
+def test_a_mask_of_another_kind_or_size_is_refused(tmp_path, labels, message):
+    data = open_labelled("folder", folder(tmp_path, coordinates(2, 1), labels), "", (1, 2), 3)
+    with pytest.raises(ValueError, match=message):
+        data[0]
+
+
+def test_a_damaged_mask_is_named(tmp_path):
+    data = open_labelled("folder", folder(tmp_path, coordinates(2, 1), mask([0, 1])), "", (1, 2), 3)
+    data.labels[0].write_bytes(data.labels[0].read_bytes()[:45])
+    with pytest.raises(ValueError, match=r"a\.png"):
+        data[0]
+
+
+def test_an_image_without_a_label_is_named(tmp_path):
+    write(folder(tmp_path, coordinates(2, 1), mask([0, 1])) / "images" / "b.png", coordinates(2, 1))
+    with pytest.raises(ValueError, match=r"1 images have no label, the first is .*b\.png"):
+        open_labelled("folder", tmp_path, "val", (1, 2), 3)
+
+
+@pytest.mark.parametrize("dataset", ["scenes", "camvid", "voc", "cityscapes", "folder"])
+def test_data_that_is_not_there_is_a_file_not_found_error(tmp_path, dataset):
+    for root in (None, tmp_path / "nowhere", tmp_path):
+        with pytest.raises(FileNotFoundError, match=str(root)):
+            open_labelled(dataset, root, "val", (4, 4), 3 if dataset == "folder" else None)
+
+
+def test_a_wrong_or_an_unknown_number_of_classes_is_refused(tmp_path):
+    write(tmp_path / "val" / "a.png", coordinates(2, 1))
+    write(tmp_path / "valannot" / "a.png", mask([0, 1]))
+    with pytest.raises(ValueError, match="camvid has 11 classes, but 12"):
+        open_labelled("camvid", tmp_path, "val", (4, 4), 12)
+    folder(tmp_path, coordinates(2, 1), mask([0, 1]))
+    with pytest.raises(ValueError, match="unknown number of classes.*classes.txt"):
+        open_labelled("folder", tmp_path, "", (4, 4))
+
+
+def test_cityscapes_has_its_official_colours():
+    colours = class_colours(CITYSCAPES)
+    assert len(colours) == 19
+    assert (colours[0], colours[13], colours[18]) == ((128, 64, 128), (0, 0, 142), (119, 11, 32))
+
+
+def test_labels_are_counted_and_shown_over_their_images(tmp_path, capsys):
+    for name, values in (("a.png", [0, 0, 1, 255]), ("b.png", [1, 2, 2, 2])):
+        folder(tmp_path, coordinates(4, 1), mask(values), name)
+    data = open_labelled("folder", tmp_path, "val", (8, 32), 3)
+    pixels, sizes = check_labels(data)
+    assert pixels.tolist() == [2, 2, 3, 1] and sizes == {(1, 4): 2}
+    assert check_labels(data, most=1)[0].sum() == 4
+    checkpoint.save_model(build_model("resnet_tiny", 3), tmp_path / "m.pt", image_size=[8, 32])
+    evaluate.main(f"--dataset folder --data-root {tmp_path} --checkpoint {tmp_path}/m.pt "
+                  f"--image-size 8 32 --check-data --out {tmp_path}/check.png".split())
+    said = capsys.readouterr().out
+    assert "2 images with labels, 2 of them opened; sizes 2 of 1x4" in said
+    for line in ("class 2 37.50 % of the pixels", "void 12.50 % of the pixels"):
+        assert line in " ".join(said.split())
+    shown = np.asarray(Image.open(tmp_path / "check.png"))
+    assert shown.shape == (8, 4 * 32, 3)
+    assert np.abs(shown[4, 2].astype(int) - [0, 0, 0]).max() < 3          # class 0 is black, x is 0
+    assert np.abs(shown[4, 20].astype(int) - [65, 0, 0]).max() < 3        # class 1: (128, 0, 0) / 2
+
+
+def test_classes_have_pascal_vocs_colours():
+    colours = class_colours([f"class {k}" for k in range(21)])
+    known = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 4: (0, 0, 128), 7: (128, 128, 128),
+             8: (64, 0, 0), 15: (192, 128, 128), 20: (0, 64, 128)}
+    assert len(colours) == 21 and {k: colours[k] for k in known} == known
