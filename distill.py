@@ -33,6 +33,7 @@ import records
 from ads_sampler import sample
 from bn_stats import METRICS, bn_distance, bn_layers, capture_bn_inputs, select_layers
 from data import Batches, Pool, find_images, hold_out, leave_out
+from device import pick_amp, pick_device
 from evaluate import as_input, evaluate, report
 from kd_loss import LOSSES, parse_losses
 from labelled import DATASETS, check_labels, open_labelled
@@ -42,7 +43,7 @@ from priority import (SCHEDULES, effective_sample_size, progressive_weights, sam
                       weighted_loss)
 from scoring import score, store_path, verdict
 from train_teacher import builtin_teacher
-from training import fit, pick_amp, pick_device
+from training import fit
 
 data, nets, method = (partial(option, group=g) for g in ("data", "networks", "method"))
 training, running = (partial(option, group=g) for g in ("training", "running"))

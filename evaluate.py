@@ -35,10 +35,10 @@ from tqdm import tqdm
 
 from checkpoint import atomic, load_model, save_json
 from data import find_images, load_image, to_tensor, whole_view
+from device import pick_device
 from labelled import DATASETS, check_labels, class_colours, open_labelled, overlay
 from models import segmentation_logits
 from options import one_sentence, option, parse
-from training import pick_device
 
 
 def confusion_matrix(prediction, target, num_classes, ignore_index=255):

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 
 from checkpoint import atomic, load_model
+from device import pick_device
 from models import cost
 from options import one_sentence, option, parse
-from training import pick_device
 
 
 @dataclass(frozen=True)

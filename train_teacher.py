@@ -24,11 +24,12 @@ import checkpoint
 import records
 import scenes
 from data import Batches
+from device import pick_amp, pick_device
 from evaluate import evaluate, report
 from labelled import DATASETS, IGNORE, check_labels, open_labelled
 from models import MODELS, build_model
 from options import one_sentence, option, parse
-from training import OPTIMISERS, fit, pick_amp, pick_device
+from training import OPTIMISERS, fit
 
 NORMALISATIONS = {"imagenet": {}, "half": {"mean": (0.5,) * 3, "std": (0.5,) * 3}}
 

@@ -33,31 +33,6 @@ SAVE_EVERY = 500          # steps between two resumable states, but never more t
 SAVE_SECONDS = 60         # so many seconds
 
 
-def pick_device(name):
-    """Return the torch.device that "auto", "cpu", "cuda" or "cuda:1" stands for."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {name} was asked for, but torch sees no CUDA device; "
-                         "use --device cpu")
-    return torch.device(name)
-
-
-def pick_amp(name, device):
-    """Return the autocast dtype that "auto", "bfloat16", "float16" or "off" stands for, or None.
-
-    "auto" is bfloat16 where the hardware computes in it, which about doubles the speed.
-    """
-    if name != "auto":
-        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "off": None}[name]
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        able = getattr(torch.cpu, "get_capabilities", dict)()
-        native = able.get("avx512_bf16", False) or able.get("amx_bf16", False)
-    return torch.bfloat16 if native else None
-
-
 def learning_rate(step, steps, lr0):
     """Return the learning rate of a step, 0 <= step < steps."""
     return lr0 * min(1, (step + 1) / 50) * (1 - step / steps) ** 0.9
@@ -125,6 +100,35 @@ class Watch:
         return self.total.item() / max(self.count, 1)
 
 
+def update(model, optimiser, scaler, lr, batch_loss, amp):
+    """Take one step down the gradient of batch_loss(); return (loss, {term: scalar or (B,)}).
+
+    batch_loss returns a scalar, or (scalar, terms). Under autocast if amp names a dtype.
+    """
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
+        loss = batch_loss()
+    loss, terms = loss if isinstance(loss, tuple) else (loss, {"the loss": loss})
+    optimiser.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scaler.step(optimiser)
+    scaler.update()
+    return loss, terms
+
+
+def resumed(path, parts):
+    """Load the state kept at `path` into its parts, if there is one; return (step, curve, window).
+    """
+    if not (path and Path(path).exists()):
+        return 0, [], ()
+    state = checkpoint.load(path)
+    for key, part in parts.items():
+        part.load_state_dict(state[key])
+    return state["step"], state["curve"], state["window"]
+
+
 def fit(model, batch_loss, batches, steps, lr, seed=0, amp=None, workers=0, state_path=None,
         name="train", optimiser="adamw"):
     """Train `model` in place for `steps` updates; return the curve [(step, mean loss), ...].
@@ -144,12 +148,7 @@ def fit(model, batch_loss, batches, steps, lr, seed=0, amp=None, workers=0, stat
     optimiser = OPTIMISERS[optimiser](model.parameters(), lr)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     parts = {"model": model, "optimiser": optimiser, "scaler": scaler}
-    start, curve, window = 0, [], ()
-    if state_path and Path(state_path).exists():
-        state = checkpoint.load(state_path)
-        for key, part in parts.items():
-            part.load_state_dict(state[key])
-        start, curve, window = state["step"], state["curve"], state["window"]
+    start, curve, window = resumed(state_path, parts)
     watch, saved = Watch(batches, device, *window), time.monotonic()
 
     def keep(done):
@@ -171,19 +170,11 @@ def fit(model, batch_loss, batches, steps, lr, seed=0, amp=None, workers=0, stat
             except OSError:
                 keep(step)
                 raise
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(step, steps, lr)
             batch = [x.to(device, non_blocking=True) for x in batch]
             # Dropout depends on (seed, t) alone. On a CPU only the low 32 bits of a seed count.
             torch.manual_seed(1_000_003 * seed + step)
-            with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
-                loss = batch_loss(step / steps, *batch)
-            loss, terms = loss if isinstance(loss, tuple) else (loss, {"the loss": loss})
-            optimiser.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimiser)
-            scaler.update()
-
+            loss, terms = update(model, optimiser, scaler, learning_rate(step, steps, lr),
+                                 partial(batch_loss, step / steps, *batch), amp)
             watch.see(step, loss, terms, batch[1])
             if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
                 curve.append((step + 1, watch.look(model, step + 1)))

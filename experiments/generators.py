@@ -36,10 +36,10 @@ from baselines import batch_statistics, deepinversion, dfad, new_generator
 from bn_stats import bn_layers, capture_bn_inputs
 from checkpoint import load_model, save_json, save_model
 from data import Pool, find_images
+from device import pick_amp, pick_device
 from evaluate import as_input
 from models import MODELS, freeze
 from options import one_sentence, option, parse
-from training import pick_amp, pick_device
 
 
 @dataclass(frozen=True)

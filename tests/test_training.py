@@ -17,7 +17,7 @@ import training
 from data import Batches
 from models import fingerprint
 from options import one_sentence
-from training import fit, learning_rate, pick_amp, pick_device
+from training import fit, learning_rate
 
 
 class Noise(Dataset):
@@ -298,25 +298,7 @@ def test_weights_that_are_not_finite_behind_a_finite_loss_are_not_saved(often, t
     assert checkpoint.load(tmp_path / "s.pt")["step"] == 4
 
 
-# ---------------------------------------------------------------- devices and mixed precision
-
-def test_devices_and_precisions_are_picked_by_name(monkeypatch):
-    cpu = torch.device("cpu")
-    assert pick_device("cpu") == cpu
-    assert [pick_amp(name, cpu) for name in ("bfloat16", "float16", "off")] == [
-        torch.bfloat16, torch.float16, None]
-    assert pick_amp("auto", cpu) in (torch.bfloat16, None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert pick_device("auto") == cpu
-    for name in ("cuda", "cuda:1"):
-        with pytest.raises(ValueError, match=f"--device {name} .*no CUDA device.*--device cpu"):
-            pick_device(name)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert pick_device("auto") == torch.device("cuda")
-    for capability, dtype in (((7, 5), None), ((8, 0), torch.bfloat16)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, now=capability: now)
-        assert pick_amp("auto", torch.device("cuda")) == dtype
-
+# ---------------------------------------------------------------- mixed precision
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
 def test_mixed_precision_concerns_the_forward_pass_and_the_weights_stay_float32(amp):

@@ -1,0 +1,24 @@
+"""device.py: names of devices and of precisions."""
+
+import pytest
+import torch
+
+from device import pick_amp, pick_device
+
+
+def test_devices_and_precisions_are_picked_by_name(monkeypatch):
+    cpu = torch.device("cpu")
+    assert pick_device("cpu") == cpu
+    assert [pick_amp(name, cpu) for name in ("bfloat16", "float16", "off")] == [
+        torch.bfloat16, torch.float16, None]
+    assert pick_amp("auto", cpu) in (torch.bfloat16, None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == cpu
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(ValueError, match=f"--device {name} .*no CUDA device.*--device cpu"):
+            pick_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device("auto") == torch.device("cuda")
+    for capability, dtype in (((7, 5), None), ((8, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, now=capability: now)
+        assert pick_amp("auto", torch.device("cuda")) == dtype
