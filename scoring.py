@@ -32,12 +32,14 @@ from models import fingerprint, segmentation_logits
 BATCH = 16                      # fixed: convolutions round a little differently at other sizes
 FEATURES = 512                  # columns that herding needs beside distance and shift
 STORE = Path("runs/scores")     # where finished scores are kept for later runs
+CODE = ("scoring", "bn_stats", "ads_sampler", "baselines", "alignment", "data")   # makes a score
 
 
 def store_path(teacher, layers, files, size, cfg):
     """Return the file that keeps the scores of this teacher, pool and settings: its name is a hash.
 
-    A photograph counts as the same if path, size in bytes and time of change are.
+    A photograph counts as the same if path, size in bytes and time of change are. Whoever tries a
+    distance of their own in one of the modules of CODE gets new scores, not those kept before.
     """
     def stamp(path):
         try:
@@ -48,7 +50,8 @@ def store_path(teacher, layers, files, size, cfg):
 
     content = (fingerprint(teacher), type(teacher).__name__, list(layers), cfg.sampling, cfg.metric,
                cfg.align == "transfer-first", list(size), torch.__version__,
-               next(teacher.parameters()).device.type, [stamp(path) for path in files])
+               next(teacher.parameters()).device.type, [stamp(path) for path in files],
+               [Path(__file__).with_name(f"{name}.py").read_text() for name in CODE])
     return STORE / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}.f32"
 
 

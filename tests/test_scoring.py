@@ -1,5 +1,8 @@
 """scoring: a scan goes on where it stopped, is never done twice, and names what it cannot read."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -100,6 +103,18 @@ def test_the_store_knows_teacher_layers_files_size_and_settings(teacher, pool_fo
     assert len(set(paths)) == len(paths)
     same = Config(seed=3, steps=7, budget=2, workers=1)
     assert scoring.store_path(teacher, layers, files, SIZE, same) == paths[-1]
+
+
+def test_scores_made_by_other_code_are_not_used_again(teacher, pool_folder, tmp_path, monkeypatch):
+    files, layers = find_images(pool_folder), bn_layers(teacher)
+    before = scoring.store_path(teacher, layers, files, SIZE, Config())
+    for name in scoring.CODE:
+        shutil.copy(Path(scoring.__file__).with_name(f"{name}.py"), tmp_path)
+    monkeypatch.setattr(scoring, "__file__", str(tmp_path / "scoring.py"))
+    assert scoring.store_path(teacher, layers, files, SIZE, Config()) == before
+    with open(tmp_path / "bn_stats.py", "a") as file:
+        file.write("# a distance of my own\n")
+    assert scoring.store_path(teacher, layers, files, SIZE, Config()) != before
 
 
 def test_a_broken_and_a_vanished_file_score_nan_and_are_named(teacher, pool_folder, tmp_path):
