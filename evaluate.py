@@ -182,8 +182,9 @@ def mask_names(files):
 def write_masks(model, folder, out, size, device, overlay=False):
     """Write an index PNG with a palette for every image of `folder`; return how many.
 
-    Masks keep the image's size and relative path, with .png for a suffix; unreadable files are
-    named and skipped. overlay: beside each mask a JPEG of it and the image, half and half.
+    Masks keep the image's size and relative path, with .png for a suffix; unreadable files, and
+    stripes over 100 times as long as wide, are named and skipped. overlay: beside each mask a JPEG
+    of it and the image, half and half.
     """
     palette = np.array(class_colours(model.class_names), dtype=np.uint8).flatten().tolist()
     files, written = find_images(folder), 0
@@ -193,6 +194,8 @@ def write_masks(model, folder, out, size, device, overlay=False):
     for path, name in zip(tqdm(files, desc="masks"), mask_names(files), strict=True):
         try:
             image = load_image(path)
+            if max(image.size) > 100 * min(image.size):      # its working view would be enormous
+                raise ValueError(f"{path}: {image.width}x{image.height} is a stripe, not a scene")
         except ValueError as error:
             tqdm.write(f"skipped {error}", file=sys.stderr)      # takes any file name
             continue

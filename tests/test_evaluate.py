@@ -221,8 +221,10 @@ def camvid_model():
 def test_masks_keep_names_and_sizes_and_hold_class_numbers_with_colours(photographs, tmp_path,
                                                                         capsys):
     out, model = tmp_path / "masks", camvid_model()
+    Image.new("RGB", (5000, 1)).save(photographs / "line.png")
     assert write_masks(model, photographs, out, (32, 48), "cpu") == 2
-    assert "broken.png" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "broken.png" in said and "line.png: 5000x1 is a stripe" in said
     assert sorted(p.relative_to(out).as_posix() for p in out.rglob("*.*")) == ["a.png",
                                                                                 "deeper/b.png"]
     for name, size in (("a.png", (50, 40)), ("deeper/b.png", (31, 64))):
