@@ -9,7 +9,6 @@ Use it
     python distill.py --pool tiles --budget 0 --schedule uniform ...
 """
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import load_image, to_tensor, view
+from data import find_images, load_image, to_tensor, view
 from options import one_sentence, option, parse
 
 
@@ -45,8 +44,7 @@ def main(argv=None):
     cfg = parse(Config, argv, "Write the chosen images of a run with their tiles shuffled.")
     if not cfg.chosen or not cfg.size:
         raise ValueError("--chosen FILE and --size H W are required")
-    with open(cfg.chosen, newline="") as file:
-        files = [row["file"] for row in csv.DictReader(file)]
+    files = find_images(cfg.chosen)
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(cfg.seed)
     for i, name in enumerate(files):
