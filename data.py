@@ -73,6 +73,8 @@ def load_image(path, at_least=None):
     at_least: (H, W) that will do; a large JPEG is then decoded at a fraction of its size.
     """
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("not a regular file")                     # a pipe would be waited for
         # Pillow warns of large and of odd pictures, which would be a flood over a wild pool.
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             if at_least is not None:
