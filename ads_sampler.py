@@ -105,7 +105,7 @@ def herd(features, budget):
     """Return `budget` distinct row indices of (N, D) whose rows, greedily, sum to nearly zero."""
     squared = features.square().sum(dim=1)                             # (N,)
     total = torch.zeros_like(features[0])                              # (D,)
-    free = torch.ones(len(features), dtype=torch.bool)
+    free = torch.ones(len(features), dtype=torch.bool, device=features.device)
     chosen = []
     for _ in range(budget):
         # || total + f ||^2 = || total ||^2 + 2 total.f + || f ||^2, whose first term all share.
@@ -114,7 +114,7 @@ def herd(features, budget):
         free[index] = False
         total += features[index]
         chosen.append(index)
-    return torch.tensor(chosen)
+    return torch.tensor(chosen, device=features.device)
 
 
 def sample(distances, budget, method="nearest", features=None):

@@ -34,7 +34,8 @@ def atomic(path):
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(f"could not write {path}: {error.strerror or error}; the file that was there "
-                      "before, if any, is intact; free some space and resume") from error
+                      "before, if any, is intact; free some space, or see who may write "
+                      "there") from error
     finally:
         temporary.unlink(missing_ok=True)
 

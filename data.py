@@ -215,7 +215,8 @@ class Batches(Dataset):
     def source(self, slot):
         """Return the picture (and mask) of a file, no larger than the crops need, kept in memory.
 
-        Reducing once makes every later crop cheap. At most 1 GB is kept; the rest is read anew.
+        Reducing once makes every later crop cheap. Each process keeps at most 1 GB and reads the
+        rest anew.
         """
         if slot in self.cache:
             return self.cache[slot]

@@ -16,7 +16,14 @@ def pick_device(name):
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {name} was asked for, but torch sees no CUDA device; "
                          "use --device cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            torch.cuda.get_device_properties(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"there is no device {name!r}; expected cpu, cuda, cuda:0 or the like, or "
+                         "auto") from error
+    return device
 
 
 def pick_amp(name, device):

@@ -61,8 +61,7 @@ class Config:
     teacher_model: str | None = nets(None, "or a torchvision network", MODELS)
     teacher_weights: str | None = nets(None, "with its published weights: DEFAULT")
     student_model: str = nets("resnet_tiny", "student network", MODELS)
-    student_weights: str = nets("none", "imagenet: auxiliary ImageNet weights",
-                                ("none", "imagenet"))
+    student_weights: str = nets("none", "pretrained on auxiliary images", ("none", "imagenet"))
     budget: int = method(400, "pool images to learn from; 0 takes all")
     sampling: str = method("nearest", "choice",
                            ("nearest", "herding", "random", *baselines.PREDICTION_SCORES))
@@ -168,8 +167,8 @@ def select(teacher, files, size, cfg, out=None):
           f"{len(layers)} BatchNorm layers read, images {size[0]}x{size[1]}")
 
     # 2. Score the pool by it.
-    part, store = (out / "scores.part", store_path(teacher, layers, files, size, cfg)) if out else (
-        None, None)
+    store = store_path(teacher, layers, files, size, cfg) if out else None
+    part = store and out / f"{store.stem}.part"       # goes on only with this pool and this teacher
     mapper = None if cfg.align == "none" else colour_mapper(teacher, size, cfg.align)
     aligned = None if cfg.align != "transfer-first" else (
         lambda images: alignment.apply_colours(images, mapper(images)))
@@ -186,8 +185,9 @@ def select(teacher, files, size, cfg, out=None):
 
     # 4. Weight them (WDPD): nearest 1, farthest 0, all of them 1 in the end.
     weights = sample_weights(distances, cfg.weighting)                            # (budget,)
-    print(f"4 weighted  {cfg.schedule}; as many as {effective_sample_size(weights):.0f} equally "
-          f"weighted images at the start, {len(chosen)} at the end")
+    n = [effective_sample_size(progressive_weights(weights, p, cfg.schedule)) for p in (0, 1)]
+    print(f"4 weighted  {cfg.schedule}; as many as {n[0]:.0f} equally weighted images at the "
+          f"start, {n[1]:.0f} at the end")
     found = {"files": [files[i] for i in chosen.tolist()], "distances": distances,
              "weights": weights, "scores": scores, "chosen": chosen, "skipped": skipped,
              "pool": files, "colours": None}
@@ -203,7 +203,7 @@ def distill(teacher, student, pool, size, cfg=None):
 
     teacher, student: modules on one device, from (B, 3, H, W) to logits (B, K, H, W) of the same
     classes (or what `models.segmentation_logits` understands). pool: a folder. size: (H, W).
-    Trains `student` in place; returns the dict of `select` with the loss "curve" added.
+    Trains `student` and freezes `teacher` in place; returns the dict of `select` and the "curve".
     """
     cfg = cfg or Config()
     chosen = select(freeze(teacher), find_images(pool), size, cfg)
@@ -211,21 +211,21 @@ def distill(teacher, student, pool, size, cfg=None):
 
 
 def prepare(cfg):
-    """Return (teacher, size, pool files, those left out, loader of labelled or held-out images).
-    """
+    """Return (teacher, size, pool files, those left out, loader of images to evaluate on)."""
     if not cfg.pool:
         raise ValueError("--pool is missing; name a folder of unlabelled photographs")
-    device = pick_device(cfg.device)
     teacher, size = load_teacher(cfg)
-    freeze(teacher).to(device, memory_format=torch.channels_last)
+    freeze(teacher).to(pick_device(cfg.device), memory_format=torch.channels_last)
     files = find_images(cfg.pool)
     if cfg.dataset == "none":
         files, held_out = hold_out(files)
         views = [(x, None) for x, error in DataLoader(Pool(held_out, size)) if not error[0]]
+        if not views:
+            raise ValueError(f"no image held out to measure agreement on is readable: {held_out}")
         return teacher, size, *leave_out(files, held_out), views
     labelled = open_labelled(cfg.dataset, cfg.data_root, cfg.split, size, teacher.num_classes,
                              cfg.download)
-    check_labels(labelled)                       # a bad one is found before hours of training
+    check_labels(labelled, teacher.class_names)  # a bad one is found before hours of training
     # Only the built-in scenes are sure to have one size, and a batch needs one.
     loader = DataLoader(labelled, 16 if cfg.dataset == "scenes" else 1)
     return teacher, size, *leave_out(files, labelled.images), loader
@@ -246,6 +246,8 @@ def run(cfg, out):
     laps = [("start", time.perf_counter())]
     parse_losses(cfg.kd)                         # a typing error is found before the pool is read
     if cfg.dataset == "scenes":
+        if (cfg.pool or cfg.teacher_model) and not cfg.data_root:
+            raise ValueError("--dataset is missing; say which labels there are, or none")
         root, teacher = builtin_teacher(cfg.image_size, cfg.device, cfg.amp)
         cfg = dataclasses.replace(cfg, data_root=cfg.data_root or root,
                                   pool=cfg.pool or f"{root}/pool", teacher=cfg.teacher or teacher)

@@ -36,7 +36,8 @@ from tqdm import tqdm
 from checkpoint import atomic, load_model, save_json
 from data import find_images, load_image, to_tensor, whole_view
 from device import pick_device
-from labelled import DATASETS, check_labels, class_colours, open_labelled, overlay
+from labelled import (DATASETS, check_labels, class_colours, compare_names, open_labelled,
+                      overlay)
 from models import segmentation_logits
 from options import one_sentence, option, parse
 
@@ -187,6 +188,8 @@ def write_masks(model, folder, out, size, device, overlay=False):
     of it and the image, half and half.
     """
     palette = np.array(class_colours(model.class_names), dtype=np.uint8).flatten().tolist()
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}; --images must name one")
     files, written = find_images(folder), 0
     if Path(folder).resolve() in (Path(out).resolve(), *Path(out).resolve().parents):
         raise ValueError(f"--out {out} lies in the folder of the images, where masks could replace "
@@ -249,6 +252,7 @@ def main(argv=None):
         return {"masks": count}
     data = open_labelled(cfg.dataset, cfg.data_root, cfg.split, size, model.num_classes,
                          resize_labels=cfg.resize_labels)
+    compare_names(data, model.class_names)
     loader = torch.utils.data.DataLoader(data, batch_size=1)
     result = evaluate(model, tqdm(loader, desc="evaluate"), model.num_classes)
     print(report({"model": result}, data.class_names))

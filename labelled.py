@@ -115,8 +115,8 @@ def open_labelled(dataset, root, split, size, num_classes=None, download=False,
     names = [name for name in dict.fromkeys(values) if name != VOID]
     if not names or num_classes not in (None, len(names)):
         raise ValueError(f"{dataset} has {len(names) or 'an unknown number of'} classes, but "
-                         f"{num_classes} were expected; --num-classes or a classes.txt tells, and "
-                         "the teacher's must be the same")
+                         f"{num_classes or 'some'} were expected; a classes.txt, --num-classes or "
+                         "a --checkpoint tells, and the teacher's must be the same")
     keep = [i for i, path in enumerate(images) if path.name.startswith(tuple(sequences.split(",")))]
     if not keep:
         raise ValueError(f"{root} has no image in split {split!r}")
@@ -218,11 +218,22 @@ def class_colours(class_names):
                   for channel in range(3)) for k in range(len(class_names))]
 
 
-def check_labels(data, most=2000):
+def compare_names(data, names):
+    """Warn if a network's class names are not those of a Labelled data set, perhaps in order only.
+    """
+    ours, theirs = ([name.strip("_").lower() for name in x] for x in (data.class_names, names))
+    if ours != theirs and "class 0" not in (ours[0], theirs[0]):
+        print(f"warning: the labels' classes are {', '.join(ours)}, the network's "
+              f"{', '.join(theirs)}; an IoU compares those at the same place")
+
+
+def check_labels(data, names=None, most=2000):
     """Open a Labelled data set, at most about `most` pairs of it; ValueError names a bad one.
 
-    Returns (pixels of each class and of void (K + 1,), number of labels of each (H, W)).
+    names: of a network's classes, to be compared with. Returns (pixels of each class and of void
+    (K + 1,), number of labels of each (H, W)).
     """
+    compare_names(data, names or data.class_names)
     K = len(data.class_names)
     pixels, sizes = torch.zeros(K + 1, dtype=torch.int64), Counter()
     for i in tqdm(range(0, len(data), -(-len(data) // most)), desc="checking labels", leave=False):

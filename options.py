@@ -30,7 +30,8 @@ def option(default, help, choices=None, group="options"):
 def parse(config_class, argv, description):
     """Return a `config_class` made of the words `argv` (None: sys.argv).
 
-    A bool becomes a switch, a tuple[int, int] takes two integers, `None` means not set.
+    A bool becomes a switch, a tuple[int, int] takes two integers, `None` means not set. Raises
+    ValueError for a negative integer, and for a batch or an image without a size.
     """
     parser = argparse.ArgumentParser(
         description=description, usage="%(prog)s [options]",
@@ -59,6 +60,12 @@ def parse(config_class, argv, description):
         groups[group].add_argument(flag, **how)
     parser.epilog = "; ".join(f"{', '.join(flags)}: {names[2:-1]}" for names, flags in long.items())
     values = vars(parser.parse_args(argv))
+    for name, value in values.items():
+        least = 1 if name in ("batch_size", "image_size", "size") else 0
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, int) and number < least for number in numbers):
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}; got "
+                             f"{' '.join(map(str, numbers))}")
     return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -67,7 +74,7 @@ def sentence(error):
     if isinstance(error, KeyboardInterrupt):
         words, code = "interrupted", 128 + (error.args or (signal.SIGINT,))[0]
     elif isinstance(error, torch.OutOfMemoryError | MemoryError):
-        words, code = "error: out of memory; lower --batch-size or --image-size, and start again", 2
+        words, code = "error: out of memory; lower --image-size, or --batch-size in training", 2
     elif "DataLoader worker" in str(error):
         words, code = ("error: a process that loads images died, perhaps for want of memory; use "
                        "fewer --workers, or 0"), 2

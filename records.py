@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
+import PIL
 import torch
 import torchvision
 
@@ -130,7 +131,8 @@ def environment(device):
     except FileNotFoundError:                       # no git here, as in many containers
         commit = ""
     return {"python": platform.python_version(), "torch": torch.__version__,
-            "torchvision": torchvision.__version__, "threads": torch.get_num_threads(),
+            "torchvision": torchvision.__version__, "pillow": PIL.__version__,
+            "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda"
             else f"{platform.machine()} CPU", "commit": commit or None}
 

@@ -17,6 +17,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
@@ -49,7 +50,7 @@ def store_path(teacher, layers, files, size, cfg):
             return str(path), 0, 0
 
     content = (fingerprint(teacher), type(teacher).__name__, list(layers), cfg.sampling, cfg.metric,
-               cfg.align == "transfer-first", list(size), torch.__version__,
+               cfg.align == "transfer-first", list(size), torch.__version__, PIL.__version__,
                next(teacher.parameters()).device.type, [stamp(path) for path in files],
                [Path(__file__).with_name(f"{name}.py").read_text() for name in CODE])
     return STORE / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}.f32"

@@ -86,6 +86,13 @@ def train_teacher(cfg):
     size = cfg.image_size or DATASETS[cfg.dataset][1]
     data = open_labelled(cfg.dataset, cfg.data_root, cfg.split, size, cfg.num_classes, cfg.download)
     check_labels(data)                              # a bad one is found before hours of training
+    if cfg.eval_split:
+        held_out = open_labelled(cfg.dataset, cfg.data_root, cfg.eval_split, size, cfg.num_classes,
+                                 cfg.download)
+        check_labels(held_out)
+        if set(held_out.images) & set(data.images):
+            raise ValueError(f"--split {cfg.split} and --eval-split {cfg.eval_split} share images, "
+                             "so that the mIoU would say nothing; name parts that do not")
 
     torch.manual_seed(cfg.seed)
     model = build_model(cfg.model, len(data.class_names), class_names=data.class_names,
@@ -98,7 +105,6 @@ def train_teacher(cfg):
                 out / "state.pt", "teacher", cfg.optimiser)
     metrics = {"images": len(data), "updates": cfg.steps, "loss": curve[-1][1] if curve else None}
     if cfg.eval_split:
-        held_out = open_labelled(cfg.dataset, cfg.data_root, cfg.eval_split, size, cfg.num_classes)
         result = evaluate(model, DataLoader(held_out), model.num_classes)
         print(report({"teacher": result}, data.class_names))
         metrics["miou"] = result["miou"]

@@ -101,7 +101,8 @@ def training(batch, size, cfg, device, steps=5):
         return loss(student(images), target)
 
     parts = {"teacher": lambda: teacher(images), "loss": lambda: loss(output, logits).backward(),
-             "student": lambda: student(images).backward(logits), "optimiser": optimiser.step}
+             "student": lambda: student.train()(images).backward(logits),
+             "optimiser": optimiser.step}
     batches = [(images.cpu(), torch.arange(batch))] * steps
     seconds = measure(parts | {"fit": lambda: fit(student, batch_loss, batches, steps, 0.001)},
                       cfg.repeats, device)

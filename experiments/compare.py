@@ -28,6 +28,7 @@ import plots
 from checkpoint import save_json
 from options import one_sentence, option, parse
 from records import differences, read_csv
+from train_teacher import builtin_teacher
 
 UNIFORM = "--schedule uniform"
 RANDOM, CONFIDENCE = f"--sampling random {UNIFORM}", f"--sampling confidence {UNIFORM}"
@@ -162,6 +163,11 @@ def collect(cfg):
         raise ValueError(f"nothing to run: expected 1 to {max(T95)} --seeds and --rows that match "
                          f"some of {', '.join(PRESETS[cfg.preset])}; got {cfg.seeds} and "
                          f"{cfg.rows!r}")
+    shared = parse(distill.Config, common, "")
+    if shared.dataset == "none":
+        raise ValueError("a table of mIoU needs labels; give another --dataset than none")
+    if shared.dataset == "scenes":                   # once, not by several runs at the same time
+        builtin_teacher(shared.image_size, shared.device, shared.amp)
     jobs = [(name, seed) for seed in range(cfg.seeds) for name in rows]
 
     def work(job):

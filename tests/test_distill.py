@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -120,6 +121,26 @@ def test_an_interrupted_run_resumes_to_the_same_student(world, tmp_path, monkeyp
     run(world, "--resume", out=tmp_path / "b")
     assert len(calls) == 4 + 2                                    # steps 3 and 4 only
     assert identical(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_a_scan_goes_on_with_its_own_pool_only(world, tmp_path, monkeypatch):
+    """Else the scores of an interrupted scan would be taken for those of other files."""
+    pool = tmp_path / "pool"
+    shutil.copytree(world / "pool", pool)
+
+    def score_once(batch_score, loader):
+        batch_score(next(iter(loader)))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("scoring.score_pool", score_once)
+        run(world, "--pool", pool, out=tmp_path / "a")
+    assert list((tmp_path / "a").glob("*.part"))
+    scenes.wild_image(7, 0, (32, 48))[0].save(pool / "0000a.png")            # sorts second
+    run(world, "--pool", pool, "--dry-run", "--resume", out=tmp_path / "a")
+    monkeypatch.setattr("scoring.STORE", tmp_path / "another")
+    run(world, "--pool", pool, "--dry-run", out=tmp_path / "b")
+    assert chosen(tmp_path / "a") == chosen(tmp_path / "b")
 
 
 def kill_after(calls, work):
@@ -332,6 +353,42 @@ def test_networks_of_ones_own_enter_through_the_python_api(pool_folder, foreign)
     assert identical(memory, teacher.state_dict())
 
 
+def test_held_out_images_that_cannot_be_read_stop_the_run_before_it_trains(world, tmp_path):
+    pool = tmp_path / "pool"
+    shutil.copytree(world / "pool", pool)
+    for name in ("0000.png", "0020.png"):                                    # every twentieth
+        (pool / name).write_text("no picture")
+    with pytest.raises(ValueError, match="no image held out .* is readable: .*0000.png"):
+        run(world, "--dataset", "none", "--pool", pool, out=tmp_path / "a")
+
+
+@pytest.mark.parametrize(("schedule", "end"), [("uniform", "8"), ("linear", "8"), ("fixed", None)])
+def test_the_effective_sample_size_is_that_of_the_schedule(world, tmp_path, capsys, schedule, end):
+    run(world, "--schedule", schedule, "--dry-run", out=tmp_path / "a")
+    begin, last = re.search(r"as many as (\d+) equally .*start, (\d+) at the end",
+                            capsys.readouterr().out).groups()
+    assert (begin == "8") == (schedule == "uniform") and last == (end or begin)
+
+
+def test_without_dataset_ones_own_pool_is_not_scored_on_the_drawn_scenes(world, tmp_path):
+    with pytest.raises(ValueError, match="--dataset is missing"):
+        distill.main(["--pool", f"{world}/pool", "--out", str(tmp_path / "a")])
+
+
+def test_labels_of_other_classes_are_warned_of(world, tmp_path, capsys):
+    """The teacher's classes have names, the labels' the same in another order."""
+    shutil.copytree(world / "val", tmp_path / "data" / "val")
+    names = list(scenes.CLASSES)
+    named = build_model("resnet_small", 8, class_names=names)
+    checkpoint.save_model(named, tmp_path / "named.pt", image_size=[32, 48])
+    for lines, warned in ((names, False), (names[::-1], True)):
+        (tmp_path / "data" / "classes.txt").write_text("\n".join(lines))
+        run(world, "--data-root", tmp_path / "data", "--teacher", tmp_path / "named.pt",
+            "--dry-run", out=tmp_path / str(warned))
+        said = capsys.readouterr().out
+        assert ("warning: the labels' classes are sign, person" in said) == warned
+
+
 def test_every_bad_input_gets_one_sentence(world, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
@@ -350,6 +407,9 @@ def test_every_bad_input_gets_one_sentence(world, tmp_path):
              (["--data-root", tmp_path / "nowhere"], FileNotFoundError, "--data-root"),
              (["--layers", "encoder"], ValueError, "'encoder'"),
              (["--kd", "telepathy"], ValueError, "telepathy"),
+             (["--seed", -1], ValueError, "--seed must be at least 0; got -1"),
+             (["--batch-size", 0], ValueError, "--batch-size must be at least 1; got 0"),
+             (["--image-size", 32, 0], ValueError, "--image-size must be at least 1; got 32 0"),
              (["--out", tmp_path / "full"], ValueError, "not empty")]
     for i, (words, error, message) in enumerate(cases):
         with pytest.raises(error, match=message):

@@ -116,6 +116,11 @@ def test_nothing_to_run_is_said(words):
         compare.main(words)
 
 
+def test_a_table_needs_labels():
+    with pytest.raises(ValueError, match="needs labels"):
+        compare.main(["--common", "--dataset none --pool photos"])
+
+
 def test_a_pattern_that_is_none_gets_a_sentence():
     with pytest.raises(ValueError, match=r"--rows '\(' is no regular expression: missing"):
         compare.main(["--rows", "("])

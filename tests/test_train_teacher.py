@@ -95,3 +95,12 @@ def test_void_pixels_do_not_count_and_an_all_void_crop_gives_zero():
 def test_a_bad_label_is_found_before_training(owner, tmp_path):
     with pytest.raises(ValueError, match="holds the label values"):
         train(owner, "--num-classes", 4, "--out", tmp_path / "t")
+
+
+def test_what_the_teacher_is_scored_on_is_checked_before_training(owner, tmp_path):
+    for words, said in ((("--eval-split", "vall"), "no folder"),
+                        (("--eval-split", "train"), "share images")):
+        with pytest.raises((ValueError, FileNotFoundError), match=said):
+            train(owner, *words, "--out", tmp_path / "t")
+        assert [path.name for path in (tmp_path / "t").iterdir()] == ["config.json"]
+        (tmp_path / "t" / "config.json").unlink()
