@@ -48,31 +48,18 @@ def confusion_matrix(prediction, target, num_classes, ignore_index=255):
     prediction, target: integer tensors of one shape. Pixels whose target is `ignore_index` do not
     count. Raises ValueError if shapes differ or a value lies outside 0..K-1.
     """
-    pairs = count_pairs(prediction, target, num_classes, ignore_index)
-    matrix = pairs[1:-1, 1:-1]
-    if matrix.sum() != pairs.sum():
-        valid = target != ignore_index
-        name, values = next((name, x[valid]) for name, x in (("target", target),
-                                                            ("prediction", prediction))
-                            if not 0 <= x[valid].min() <= x[valid].max() < num_classes)
-        raise ValueError(f"{name} values must lie in 0..{num_classes - 1} (or be the ignored "
-                         f"{ignore_index}); got {int(values.min())}..{int(values.max())}")
-    return matrix
-
-
-def count_pairs(prediction, target, num_classes, ignore_index):
-    """Return (K + 2, K + 2) counts; row and column 0 hold values below 0, the last ones K and more.
-
-    Unlike bincount or a mask, nothing in here waits for the device.
-    """
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} "
                          "must have the same shape")
-    truth, guess = (x.long().clamp(-1, num_classes) + 1 for x in (target, prediction))
-    n = num_classes + 2
-    bins = torch.where(target == ignore_index, n * n, truth * n + guess).flatten()
-    counts = torch.zeros(n * n + 1, dtype=torch.int64, device=bins.device)
-    return counts.scatter_add_(0, bins, torch.ones_like(bins))[:-1].view(n, n)
+    keep = target != ignore_index
+    truth, guess = target[keep].long(), prediction[keep].long()                    # (n,) each
+    for name, values in (("target", truth), ("prediction", guess)):
+        if len(values) and not 0 <= values.min() <= values.max() < num_classes:
+            raise ValueError(f"{name} values must lie in 0..{num_classes - 1} (or be the ignored "
+                             f"{ignore_index}); got {values.min()}..{values.max()}; labels must "
+                             "have the classes of the network")
+    pairs = truth * num_classes + guess
+    return pairs.bincount(minlength=num_classes ** 2).view(num_classes, num_classes)
 
 
 def mean_iou(matrix):
@@ -104,7 +91,7 @@ def evaluate(model, loader, num_classes, reference=None, device=None, ignore_ind
     loader's are then only read where they say `ignore_index`, and may be None.
     """
     device = device or next(model.parameters()).device
-    pairs = torch.zeros(num_classes + 2, num_classes + 2, dtype=torch.int64, device=device)
+    matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     for images, targets in loader:
         images = as_input(images, device)
         size = images.shape[-2:] if targets is None else targets.shape[-2:]
@@ -114,13 +101,8 @@ def evaluate(model, loader, num_classes, reference=None, device=None, ignore_ind
             if targets is not None:
                 agreed[targets.to(device) == ignore_index] = ignore_index
             targets = agreed
-        pairs += count_pairs(prediction, targets.to(device), num_classes, ignore_index)
-    matrix = pairs[1:-1, 1:-1].cpu()
-    if outside := int(pairs.sum()) - int(matrix.sum()):
-        raise ValueError(f"{outside} pixels have a target or prediction outside "
-                         f"0..{num_classes - 1} that is not the ignored {ignore_index}; the labels "
-                         "must have the classes of the network")
-    return summary(matrix)
+        matrix += confusion_matrix(prediction, targets.to(device), num_classes, ignore_index)
+    return summary(matrix.cpu())
 
 
 def as_input(images, device):
