@@ -34,40 +34,36 @@ from training import OPTIMISERS, fit
 NORMALISATIONS = {"imagenet": {}, "half": {"mean": (0.5,) * 3, "std": (0.5,) * 3}}
 
 
+data, training, running = (partial(option, group=g) for g in ("data", "training", "running"))
+
+
 @dataclass(frozen=True)
 class Config:
-    dataset: str = option("camvid", "labelled data", group="data",
-                          choices=tuple(name for name in DATASETS if name != "none"))
-    data_root: str | None = option(None, "folder of the data set", group="data")
-    split: str = option("train", "'train:0001TP,0016E5' keeps those sequences",
-                        group="data")
-    eval_split: str | None = option(None, "part to report mIoU on, if any", group="data")
-    download: bool = option(False, "let torchvision fetch Pascal VOC", group="data")
-    num_classes: int | None = option(None, "for --dataset folder, if it has no classes.txt",
-                                     group="data")
-    model: str = option("resnet_small", "network", choices=MODELS, group="training")
-    backbone: str = option("none", "pretrained, downloaded", choices=("none", "imagenet"),
-                           group="training")
-    normalisation: str = option("imagenet", "of the input; half: mean = std = 0.5",
-                                choices=tuple(NORMALISATIONS), group="training")
-    steps: int = option(2000, "number of updates", group="training")
-    batch_size: int = option(16, "images an update", group="training")
-    optimiser: str = option("sgd", "how to train", choices=tuple(OPTIMISERS), group="training")
-    lr: float = option(0.1, "highest learning rate", group="training")
-    image_size: tuple[int, int] | None = option(None, "crop height and width (default: the data "
-                                                "set's)", group="training")
-    min_scale: float = option(1.0, "1: a crop is as large as fits; 2: half that on each side",
-                              group="training")
-    max_scale: float = option(1.6, "crops lie between these scales", group="training")
-    jitter: float = option(0.2, "change of brightness and contrast", group="training")
-    seed: int = option(0, "seed of weights, crops and order", group="running")
-    device: str = option("auto", "cpu, cuda or auto", group="running")
-    amp: str = option("auto", "mixed precision", choices=("auto", "bfloat16", "float16", "off"),
-                      group="running")
-    workers: int = option(0, "processes that load images; a GPU wants four or more",
-                          group="running")
-    out: str = option("runs/teacher", "folder for teacher.pt", group="running")
-    resume: bool = option(False, "go on where an interrupted run stopped", group="running")
+    dataset: str = data("camvid", "labelled data", [name for name in DATASETS if name != "none"])
+    data_root: str | None = data(None, "folder of the data set")
+    split: str = data("train", "'train:0001TP,0016E5' keeps those sequences")
+    eval_split: str | None = data(None, "part to report mIoU on, if any")
+    download: bool = data(False, "let torchvision fetch Pascal VOC")
+    num_classes: int | None = data(None, "for --dataset folder, if it has no classes.txt")
+    model: str = training("resnet_small", "network", MODELS)
+    backbone: str = training("none", "pretrained, downloaded", ("none", "imagenet"))
+    normalisation: str = training("imagenet", "of the input; half: mean = std = 0.5",
+                                  tuple(NORMALISATIONS))
+    steps: int = training(2000, "number of updates")
+    batch_size: int = training(16, "images an update")
+    optimiser: str = training("sgd", "how to train", tuple(OPTIMISERS))
+    lr: float = training(0.1, "highest learning rate")
+    image_size: tuple[int, int] | None = training(None, "crop height and width (default: the data "
+                                                  "set's)")
+    min_scale: float = training(1.0, "1: a crop is as large as fits; 2: half that on each side")
+    max_scale: float = training(1.6, "crops lie between these scales")
+    jitter: float = training(0.2, "change of brightness and contrast")
+    seed: int = running(0, "seed of weights, crops and order")
+    device: str = running("auto", "cpu, cuda or auto")
+    amp: str = running("auto", "mixed precision", ("auto", "bfloat16", "float16", "off"))
+    workers: int = running(0, "processes that load images; a GPU wants four or more")
+    out: str = running("runs/teacher", "folder for teacher.pt")
+    resume: bool = running(False, "go on where an interrupted run stopped")
 
 
 def cross_entropy(logits, target):
