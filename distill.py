@@ -75,7 +75,7 @@ class Config:
                      + ", ".join(LOSSES))
     temperature: float | None = method(None, "softening (default: the loss's own)")
     steps: int = training(1500, "number of updates")
-    batch_size: int = training(16, "images an update")
+    batch_size: int = training(16, "images an update", least=1)
     lr: float = training(0.01, "highest learning rate")
     image_size: tuple[int, int] | None = training(None, "crop size (default: the teacher's)")
     seed: int = running(0, "seed of weights, crops, order and random choice")
@@ -221,7 +221,7 @@ def prepare(cfg):
         files, held_out = hold_out(files)
         views = [(x, None) for x, error in DataLoader(Pool(held_out, size)) if not error[0]]
         if not views:
-            raise ValueError(f"no image held out to measure agreement on is readable: {held_out}")
+            raise ValueError(f"no image held out for agreement is readable: {held_out[0]}, for one")
         return teacher, size, *leave_out(files, held_out), views
     labelled = open_labelled(cfg.dataset, cfg.data_root, cfg.split, size, teacher.num_classes,
                              cfg.download)

@@ -22,16 +22,20 @@ from functools import partial, wraps
 import torch
 
 
-def option(default, help, choices=None, group="options"):
-    """Return a dataclass field with its help, allowed values and the group it is listed under."""
-    return field(default=default, metadata={"help": help, "choices": choices, "group": group})
+def option(default, help, choices=None, group="options", least=0):
+    """Return a dataclass field with its help, allowed values and the group it is listed under.
+
+    least: the smallest integer that is allowed; for a height and a width it is 1.
+    """
+    return field(default=default, metadata={"help": help, "choices": choices, "group": group,
+                                            "least": least})
 
 
 def parse(config_class, argv, description):
     """Return a `config_class` made of the words `argv` (None: sys.argv).
 
     A bool becomes a switch, a tuple[int, int] takes two integers, `None` means not set. Raises
-    ValueError for a negative integer, and for a batch or an image without a size.
+    ValueError for an integer that is too small.
     """
     parser = argparse.ArgumentParser(
         description=description, usage="%(prog)s [options]",
@@ -60,9 +64,10 @@ def parse(config_class, argv, description):
         groups[group].add_argument(flag, **how)
     parser.epilog = "; ".join(f"{', '.join(flags)}: {names[2:-1]}" for names, flags in long.items())
     values = vars(parser.parse_args(argv))
+    leasts = {f.name: f.metadata["least"] for f in fields(config_class)}
     for name, value in values.items():
-        least = 1 if name in ("batch_size", "image_size", "size") else 0
         numbers = value if isinstance(value, list) else [value]
+        least = 1 if isinstance(value, list) else leasts[name]
         if any(isinstance(number, int) and number < least for number in numbers):
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}; got "
                              f"{' '.join(map(str, numbers))}")
@@ -74,9 +79,11 @@ def sentence(error):
     if isinstance(error, KeyboardInterrupt):
         words, code = "interrupted", 128 + (error.args or (signal.SIGINT,))[0]
     elif isinstance(error, torch.OutOfMemoryError | MemoryError):
-        words, code = "error: out of memory; lower --image-size, or --batch-size in training", 2
+        words, code = ("error: out of memory; lower --batch-size or --image-size, where there is "
+                       "one, and start again"), 2
     elif "DataLoader worker" in str(error):
-        words, code = ("error: a process that loads images died, perhaps for want of memory; use "
+        # It strikes at any moment, also while a progress bar is drawn: begin a line.
+        words, code = ("\nerror: a process that loads images died, perhaps for want of memory; use "
                        "fewer --workers, or 0"), 2
     elif isinstance(error, ValueError | OSError):
         words, code = f"error: {error}", 2

@@ -32,8 +32,6 @@ from options import one_sentence, option, parse
 from training import OPTIMISERS, fit
 
 NORMALISATIONS = {"imagenet": {}, "half": {"mean": (0.5,) * 3, "std": (0.5,) * 3}}
-
-
 data, training, running = (partial(option, group=g) for g in ("data", "training", "running"))
 
 
@@ -50,7 +48,7 @@ class Config:
     normalisation: str = training("imagenet", "of the input; half: mean = std = 0.5",
                                   tuple(NORMALISATIONS))
     steps: int = training(2000, "number of updates")
-    batch_size: int = training(16, "images an update")
+    batch_size: int = training(16, "images an update", least=1)
     optimiser: str = training("sgd", "how to train", tuple(OPTIMISERS))
     lr: float = training(0.1, "highest learning rate")
     image_size: tuple[int, int] | None = training(None, "crop height and width (default: the data "

@@ -115,7 +115,7 @@ class Config:
     rows: str = option("", "only rows that this regular expression is found in")
     common: str = option("", "options of distill.py that all rows share, in quotes")
     seeds: int = option(3, "number of seeds, from 0 on")
-    jobs: int = option(1, "runs at a time")
+    jobs: int = option(1, "runs at a time", least=1)
     runs: str | None = option(None, "folder of the single runs (default: named after --out)")
     out: str = option("results/compare.json", "the record that the table is made from")
     table: str | None = option(None, "instead: print the table of this record")

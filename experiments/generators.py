@@ -54,7 +54,7 @@ class Config:
     lr: float = option(0.1, "dfad: the student's highest learning rate")
     student_model: str = option("resnet_tiny", "dfad: student network", choices=MODELS)
     amp: str = option("auto", "dfad: mixed precision", choices=("auto", "bfloat16", "off"))
-    batch_size: int = option(16, "images at a time")
+    batch_size: int = option(16, "images at a time", least=1)
     seed: int = option(0, "seed of weights and noise")
     device: str = option("auto", "cpu, cuda or auto")
 

@@ -273,7 +273,7 @@ def test_out_of_memory_is_one_line_that_names_what_to_lower(error, capsys):
         one_sentence(main)()
     said = capsys.readouterr().err
     assert caught.value.code == 2 and said.count("\n") == 1
-    assert "out of memory; lower --image-size, or --batch-size in training" in said
+    assert "out of memory; lower --batch-size or --image-size" in said
 
 
 def test_a_program_without_an_error_returns_quietly(capsys):
