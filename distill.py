@@ -26,24 +26,27 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import alignment
-import baselines
-import checkpoint
-import plots
-import records
 from ads_sampler import sample
 from bn_stats import METRICS, bn_distance, bn_layers, capture_bn_inputs, select_layers
-from data import Batches, Pool, find_images, hold_out, leave_out
-from device import pick_amp, pick_device
 from evaluate import as_input, evaluate, report
+from experiments import baselines
 from kd_loss import LOSSES, parse_losses
-from labelled import DATASETS, check_labels, open_labelled
 from models import MODELS, build_model, cost, fingerprint, freeze, segmentation_logits
-from options import one_sentence, option, parse
-from priority import (SCHEDULES, effective_sample_size, progressive_weights, sample_weights,
-                      weighted_loss)
-from scoring import score, store_path, verdict
+from priority import (
+    SCHEDULES,
+    effective_sample_size,
+    progressive_weights,
+    sample_weights,
+    weighted_loss,
+)
+from support import checkpoint, plots, records
+from support.data import Batches, Pool, find_images, hold_out, leave_out
+from support.device import pick_amp, pick_device
+from support.labelled import DATASETS, check_labels, open_labelled
+from support.options import one_sentence, option, parse
+from support.scoring import score, store_path, verdict
+from support.training import fit
 from train_teacher import builtin_teacher
-from training import fit
 
 data, nets, method = (partial(option, group=g) for g in ("data", "networks", "method"))
 training, running = (partial(option, group=g) for g in ("training", "running"))

@@ -33,13 +33,19 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import atomic, load_model, save_json
-from data import find_images, load_image, to_tensor, whole_view
-from device import pick_device
-from labelled import (DATASETS, check_labels, class_colours, compare_names, open_labelled,
-                      overlay)
 from models import segmentation_logits
-from options import one_sentence, option, parse
+from support.checkpoint import atomic, load_model, save_json
+from support.data import find_images, load_image, to_tensor, whole_view
+from support.device import pick_device
+from support.labelled import (
+    DATASETS,
+    check_labels,
+    class_colours,
+    compare_names,
+    open_labelled,
+    overlay,
+)
+from support.options import one_sentence, option, parse
 
 
 def confusion_matrix(prediction, target, num_classes, ignore_index=255):

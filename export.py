@@ -20,10 +20,10 @@ from dataclasses import dataclass
 
 import torch
 
-from checkpoint import atomic, load_model
-from device import pick_device
 from models import cost
-from options import one_sentence, option, parse
+from support.checkpoint import atomic, load_model
+from support.device import pick_device
+from support.options import one_sentence, option, parse
 
 
 @dataclass(frozen=True)

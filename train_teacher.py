@@ -20,16 +20,14 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import checkpoint
-import records
-import scenes
-from data import Batches
-from device import pick_amp, pick_device
 from evaluate import evaluate, report
-from labelled import DATASETS, IGNORE, check_labels, open_labelled
 from models import MODELS, build_model
-from options import one_sentence, option, parse
-from training import OPTIMISERS, fit
+from support import checkpoint, records, scenes
+from support.data import Batches
+from support.device import pick_amp, pick_device
+from support.labelled import DATASETS, IGNORE, check_labels, open_labelled
+from support.options import one_sentence, option, parse
+from support.training import OPTIMISERS, fit
 
 NORMALISATIONS = {"imagenet": {}, "half": {"mean": (0.5,) * 3, "std": (0.5,) * 3}}
 data, training, running = (partial(option, group=g) for g in ("data", "training", "running"))

@@ -24,15 +24,15 @@ from PIL import Image
 import distill
 from ads_sampler import sample, score_pool
 from bn_stats import bn_layers, image_distances, select_layers
-from checkpoint import save_json
-from data import Pool
 from evaluate import as_input
 from kd_loss import channelwise_kd, pixelwise_kd
 from models import build_model, freeze
-from options import one_sentence, option, parse
-from records import environment
-from scoring import BATCH, score
-from training import OPTIMISERS, fit
+from support.checkpoint import save_json
+from support.data import Pool
+from support.options import one_sentence, option, parse
+from support.records import environment
+from support.scoring import BATCH, score
+from support.training import OPTIMISERS, fit
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import distill
-import plots
-from checkpoint import save_json
-from options import one_sentence, option, parse
-from records import differences, read_csv
+from support import plots
+from support.checkpoint import save_json
+from support.options import one_sentence, option, parse
+from support.records import differences, read_csv
 from train_teacher import builtin_teacher
 
 UNIFORM = "--schedule uniform"

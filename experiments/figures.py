@@ -18,15 +18,15 @@ from tqdm import tqdm
 
 from ads_sampler import moment_features, sample, score_pool
 from bn_stats import METRICS, bn_distance, bn_layers, capture_bn_inputs
-from checkpoint import load_model
-from data import Pool, find_images, load_image, view
 from evaluate import as_input
-from labelled import class_colours
 from models import freeze
-from options import one_sentence, option, parse
-from plots import BLUE, GREY, ORANGE, strip, write
 from priority import effective_sample_size, progressive_weights, sample_weights
-from records import read_csv
+from support.checkpoint import load_model
+from support.data import Pool, find_images, load_image, view
+from support.labelled import class_colours
+from support.options import one_sentence, option, parse
+from support.plots import BLUE, GREY, ORANGE, strip, write
+from support.records import read_csv
 
 
 @dataclass(frozen=True)

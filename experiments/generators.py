@@ -31,15 +31,15 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import distill
-import records
-from baselines import batch_statistics, deepinversion, dfad, new_generator
 from bn_stats import bn_layers, capture_bn_inputs
-from checkpoint import load_model, save_json, save_model
-from data import Pool, find_images
-from device import pick_amp, pick_device
 from evaluate import as_input
+from experiments.baselines import batch_statistics, deepinversion, dfad, new_generator
 from models import MODELS, freeze
-from options import one_sentence, option, parse
+from support import records
+from support.checkpoint import load_model, save_json, save_model
+from support.data import Pool, find_images
+from support.device import pick_amp, pick_device
+from support.options import one_sentence, option, parse
 
 
 @dataclass(frozen=True)

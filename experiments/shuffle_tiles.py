@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import find_images, load_image, to_tensor, view
-from options import one_sentence, option, parse
+from support.data import find_images, load_image, to_tensor, view
+from support.options import one_sentence, option, parse
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from labelled import CITYSCAPES, class_colours
 from models import SegmentationModel
+from support.labelled import CITYSCAPES, class_colours
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def own_store(tmp_path_factory, monkeypatch):
     """Keep scores away from the user's, and from other tests'."""
-    monkeypatch.setattr("scoring.STORE", tmp_path_factory.mktemp("scores"))
+    monkeypatch.setattr("support.scoring.STORE", tmp_path_factory.mktemp("scores"))
 
 
 def with_random_statistics(model, seed=0):

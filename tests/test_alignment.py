@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from conftest import with_random_statistics
 from torch import nn
 
 import alignment
 from alignment import apply_colours, colour_target, fit, transfer
 from bn_stats import bn_distance, bn_layers, capture_bn_inputs
-from conftest import with_random_statistics
 from models import build_model
 
 

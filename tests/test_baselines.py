@@ -10,16 +10,14 @@ import torch
 from conftest import with_random_statistics
 from PIL import Image
 
-import baselines
-import checkpoint
 import distill
 import evaluate
-import options
-from baselines import prediction_scores, random_sample
 from bn_stats import bn_layers, capture_bn_inputs
-from data import Pool, find_images
-from experiments import generators
+from experiments import baselines, generators
+from experiments.baselines import prediction_scores, random_sample
 from models import build_model, fingerprint, freeze
+from support import checkpoint, options
+from support.data import Pool, find_images
 
 SIZE = (32, 48)
 

@@ -10,8 +10,14 @@ import torchvision
 from conftest import with_random_statistics
 from torch import nn
 
-from bn_stats import (bn_distance, bn_layers, capture_bn_inputs, image_distances, select_layers,
-                      spatial_moments)
+from bn_stats import (
+    bn_distance,
+    bn_layers,
+    capture_bn_inputs,
+    image_distances,
+    select_layers,
+    spatial_moments,
+)
 from models import SegmentationModel
 
 

@@ -10,9 +10,9 @@ import torch
 from conftest import with_random_statistics
 from torch import nn
 
-import checkpoint
-from checkpoint import atomic, load, load_model, save, save_json, save_model
 from models import build_model
+from support import checkpoint
+from support.checkpoint import atomic, load, load_model, save, save_json, save_model
 
 
 def trained(name="resnet_tiny", classes=4, **how):

@@ -7,14 +7,23 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from pictures import coordinates, folder, mask, write
 from PIL import Image
 
-from data import (Batches, Pool, find_images, hold_out, leave_out, load_image, loaded, to_tensor,
-                  view, whole_view)
-from labelled import open_labelled
-from pictures import coordinates, folder, mask, write
-from records import write_csv
-
+from support.data import (
+    Batches,
+    Pool,
+    find_images,
+    hold_out,
+    leave_out,
+    load_image,
+    loaded,
+    to_tensor,
+    view,
+    whole_view,
+)
+from support.labelled import open_labelled
+from support.records import write_csv
 
 # ---------------------------------------------------------------- files and single images
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from device import pick_amp, pick_device
+from support.device import pick_amp, pick_device
 
 
 def test_devices_and_precisions_are_picked_by_name(monkeypatch):

@@ -21,11 +21,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-import checkpoint
 import distill
-import scenes
 import train_teacher
 from models import build_model, fingerprint
+from support import checkpoint, scenes
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -106,7 +105,7 @@ def test_the_number_of_workers_does_not_change_the_student(world, tmp_path):
 
 def test_an_interrupted_run_resumes_to_the_same_student(world, tmp_path, monkeypatch):
     run(world, out=tmp_path / "a")
-    monkeypatch.setattr("training.SAVE_EVERY", 2)
+    monkeypatch.setattr("support.training.SAVE_EVERY", 2)
     loss, calls = distill.weighted_loss, []
 
     def failing(*args):
@@ -133,12 +132,12 @@ def test_a_scan_goes_on_with_its_own_pool_only(world, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("scoring.score_pool", score_once)
+        patch.setattr("support.scoring.score_pool", score_once)
         run(world, "--pool", pool, out=tmp_path / "a")
     assert list((tmp_path / "a").glob("*.part"))
     scenes.wild_image(7, 0, (32, 48))[0].save(pool / "0000a.png")            # sorts second
     run(world, "--pool", pool, "--dry-run", "--resume", out=tmp_path / "a")
-    monkeypatch.setattr("scoring.STORE", tmp_path / "another")
+    monkeypatch.setattr("support.scoring.STORE", tmp_path / "another")
     run(world, "--pool", pool, "--dry-run", out=tmp_path / "b")
     assert chosen(tmp_path / "a") == chosen(tmp_path / "b")
 
@@ -173,7 +172,7 @@ def kill_after(calls, work):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_run_killed_at_any_moment_resumes_to_the_same_student(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.SAVE_EVERY", 2)
+    monkeypatch.setattr("support.training.SAVE_EVERY", 2)
     monkeypatch.setattr(distill.plots, "story", lambda *_: None)
     teach = (f"--dataset folder --num-classes 8 --data-root {world} --image-size 32 48 --steps 6 "
              "--batch-size 4 --amp off --resume --out").split()
@@ -185,10 +184,10 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_student(world, tmp_path,
             resume = ["--resume"] if (out / "s" / "config.json").exists() else []
             run(world, "--teacher", f"{out}/t/teacher.pt", "--steps", 6, *resume, out=out / "s")
 
-    monkeypatch.setattr("scoring.STORE", tmp_path / "scores of a")
+    monkeypatch.setattr("support.scoring.STORE", tmp_path / "scores of a")
     code, calls = kill_after(0, lambda: work(tmp_path / "a"))
     assert code == 0
-    monkeypatch.setattr("scoring.STORE", tmp_path / "scores of b")
+    monkeypatch.setattr("support.scoring.STORE", tmp_path / "scores of b")
     rng = random.Random(0)
     moments = [round(calls * (i + rng.random()) / 8) for i in (0, 3, 1, 2, 2)]    # all stages
     codes = [kill_after(moment, lambda: work(tmp_path / "b"))[0] for moment in moments]

@@ -6,16 +6,24 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import nearest_colour
 from PIL import Image
 from torch import nn
 
 import evaluate as program
-from checkpoint import save_model
-from conftest import nearest_colour
-from evaluate import (confusion_matrix, evaluate, mask_names, mean_iou, predict, report, summary,
-                      write_masks)
-from labelled import CAMVID, CITYSCAPES, VOC, class_colours
+from evaluate import (
+    confusion_matrix,
+    evaluate,
+    mask_names,
+    mean_iou,
+    predict,
+    report,
+    summary,
+    write_masks,
+)
 from models import build_model
+from support.checkpoint import save_model
+from support.labelled import CAMVID, CITYSCAPES, VOC, class_colours
 
 ABSENT = math.nan
 

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 import distill
-import plots
 from experiments import compare
 from experiments.compare import PRESETS, run_once, table
 from experiments.shuffle_tiles import shuffle_tiles
-from options import parse
+from support import plots
+from support.options import parse
 
 
 def runs(row, values):

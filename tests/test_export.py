@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import export
-from checkpoint import save_model
 from models import build_model
+from support.checkpoint import save_model
 
 ELSEWHERE = """
 import torch

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from pictures import coordinates, folder, mask, write
 from PIL import Image
 
-import checkpoint
 import evaluate
-from labelled import CITYSCAPES, check_labels, class_colours, open_labelled
 from models import build_model
-from pictures import coordinates, folder, mask, write
+from support import checkpoint
+from support.labelled import CITYSCAPES, check_labels, class_colours, open_labelled
 
 
 def test_camvid_is_read_with_its_void_and_by_sequence(tmp_path):

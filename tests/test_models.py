@@ -10,8 +10,18 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from models import (MODELS, HalfSize, MobileNetV2Features, ResidualBlock, SegmentationModel,
-                    build_model, cost, fingerprint, freeze, segmentation_logits)
+from models import (
+    MODELS,
+    HalfSize,
+    MobileNetV2Features,
+    ResidualBlock,
+    SegmentationModel,
+    build_model,
+    cost,
+    fingerprint,
+    freeze,
+    segmentation_logits,
+)
 
 
 def images(*shape, seed=0):

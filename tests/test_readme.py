@@ -16,10 +16,10 @@ import torchvision
 import distill
 import evaluate
 import export
-import options
 import train_teacher
 from experiments import benchmark, compare, generators, shuffle_tiles
-from labelled import CITYSCAPES, VOC
+from support import options
+from support.labelled import CITYSCAPES, VOC
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text()

@@ -14,10 +14,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import records
-from options import one_sentence, option, parse
-from records import (closing, differences, digest, environment, in_folder, metrics, open_run,
-                     read_csv, write_choice, write_csv)
+from support import records
+from support.options import one_sentence, option, parse
+from support.records import (
+    closing,
+    differences,
+    digest,
+    environment,
+    in_folder,
+    metrics,
+    open_run,
+    read_csv,
+    write_choice,
+    write_csv,
+)
 
 
 @dataclass(frozen=True)

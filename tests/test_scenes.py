@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-
-import scenes
+from support import scenes
 
 
 def pixels(*arguments, **more):

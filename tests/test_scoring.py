@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-import scoring
-from bn_stats import bn_layers, image_distances
 from conftest import with_random_statistics
-from data import Pool, find_images
+
+from bn_stats import bn_layers, image_distances
 from distill import Config
 from evaluate import as_input
 from models import build_model
+from support import scoring
+from support.data import Pool, find_images
 
 SIZE = (32, 48)
 
@@ -109,8 +109,9 @@ def test_scores_made_by_other_code_are_not_used_again(teacher, pool_folder, tmp_
     files, layers = find_images(pool_folder), bn_layers(teacher)
     before = scoring.store_path(teacher, layers, files, SIZE, Config())
     for name in scoring.CODE:
-        shutil.copy(Path(scoring.__file__).with_name(f"{name}.py"), tmp_path)
-    monkeypatch.setattr(scoring, "__file__", str(tmp_path / "scoring.py"))
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(Path(scoring.__file__).parents[1] / f"{name}.py", tmp_path / f"{name}.py")
+    monkeypatch.setattr(scoring, "__file__", str(tmp_path / "support" / "scoring.py"))
     assert scoring.store_path(teacher, layers, files, SIZE, Config()) == before
     with open(tmp_path / "bn_stats.py", "a") as file:
         file.write("# a distance of my own\n")

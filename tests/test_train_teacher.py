@@ -5,11 +5,11 @@ import signal
 import pytest
 import torch
 
-import scenes
 import train_teacher
-from checkpoint import load_model
-from data import Batches
 from models import fingerprint
+from support import scenes
+from support.checkpoint import load_model
+from support.data import Batches
 
 
 @pytest.fixture(scope="module")

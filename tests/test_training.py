@@ -12,12 +12,11 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import Dataset
 
-import checkpoint
-import training
-from data import Batches
 from models import fingerprint
-from options import one_sentence
-from training import fit, learning_rate
+from support import checkpoint, training
+from support.data import Batches
+from support.options import one_sentence
+from support.training import fit, learning_rate
 
 
 class Noise(Dataset):

@@ -21,8 +21,8 @@ import PIL
 import torch
 import torchvision
 
-import checkpoint
 from evaluate import named_iou
+from support import checkpoint
 
 # Options that say where or how a run is computed, not what it computes.
 NEUTRAL = {"out", "resume", "dry_run", "device", "workers", "download"}

@@ -23,17 +23,18 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from ads_sampler import mean_shift, moment_features, score_pool
-from baselines import PREDICTION_SCORES, prediction_scores
 from bn_stats import bn_distance, capture_bn_inputs
-from checkpoint import atomic
-from data import Pool, loaded
 from evaluate import as_input
+from experiments.baselines import PREDICTION_SCORES, prediction_scores
 from models import fingerprint, segmentation_logits
+from support.checkpoint import atomic
+from support.data import Pool, loaded
 
 BATCH = 16                      # fixed: convolutions round a little differently at other sizes
 FEATURES = 512                  # columns that herding needs beside distance and shift
 STORE = Path("runs/scores")     # where finished scores are kept for later runs
-CODE = ("scoring", "bn_stats", "ads_sampler", "baselines", "alignment", "data")   # makes a score
+CODE = ("support/scoring", "bn_stats", "ads_sampler", "experiments/baselines", "alignment",
+        "support/data")         # what makes a score
 
 
 def store_path(teacher, layers, files, size, cfg):
@@ -52,7 +53,7 @@ def store_path(teacher, layers, files, size, cfg):
     content = (fingerprint(teacher), type(teacher).__name__, list(layers), cfg.sampling, cfg.metric,
                cfg.align == "transfer-first", list(size), torch.__version__, PIL.__version__,
                next(teacher.parameters()).device.type, [stamp(path) for path in files],
-               [Path(__file__).with_name(f"{name}.py").read_text() for name in CODE])
+               [(Path(__file__).parents[1] / f"{name}.py").read_text() for name in CODE])
     return STORE / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}.f32"
 
 

@@ -5,7 +5,7 @@ Idea
     with `weights_only=True`: tensors and plain values, no pickled code.
 
 Use it
-    from checkpoint import load_model, save_model
+    from support.checkpoint import load_model, save_model
     save_model(model, "student.pt", image_size=[96, 128])
     model, state = load_model("student.pt")
 """

@@ -4,8 +4,8 @@ Idea    A pinhole camera projects a street in metres, and each shape goes into i
         by one call, so the labels are exact: the teacher's private world. Most of the wild pool
         shows no street; a minority does (toy town, high camera, night) with another palette,
         camera and mix. Ours throughout: an illustration, not evidence about photographs.
-Use it  from scenes import CLASSES, PALETTE, street_scene, wild_image, write_scenes
-Run it  python scenes.py    writes the contact sheet scenes.png in about a second.
+Use it  from support.scenes import CLASSES, PALETTE, street_scene, wild_image, write_scenes
+Run it  python -m support.scenes    writes the contact sheet scenes.png in about a second.
 
 Each picture depends on (seed, split or pool, index, size) alone. Lengths on the canvas are in image
 heights, lengths in a scene in metres: X to the right, Y up, Z away from the camera.

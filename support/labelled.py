@@ -9,7 +9,7 @@ Symbols
     K classes, H W pixels.
 
 Use it
-    from labelled import open_labelled
+    from support.labelled import open_labelled
     data = open_labelled("camvid", "CamVid", "val", size=(96, 128))
     image, target = data[0]       # uint8 (3, h, w) at the scale of size, int64 (H, W) at its own
 """
@@ -24,8 +24,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import scenes
-from data import find_images, load_image, to_tensor, view, whole_view
+from support import scenes
+from support.data import find_images, load_image, to_tensor, view, whole_view
 
 IGNORE = 255
 CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car",

@@ -28,7 +28,7 @@ Symbols
     B images, C channels, K classes, H W pixels.
 
 Use it
-    from baselines import deepinversion, prediction_scores
+    from experiments.baselines import deepinversion, prediction_scores
     scores = prediction_scores(logits, "confidence")                  # (B, K, H, W) -> (B,)
     images = deepinversion(teacher, torch.rand(25, 3, 96, 128), steps=60)
     (experiments/generators.py writes folders of such images, and runs dfad.)
@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 from bn_stats import bn_distance, bn_layers, capture_bn_inputs
 from models import segmentation_logits
-from training import OPTIMISERS, learning_rate
+from support.training import OPTIMISERS, learning_rate
 
 PREDICTION_SCORES = ("confidence", "entropy")
 NZ = 256                    # numbers that DFAD's generator makes an image from

@@ -10,7 +10,7 @@ Equation
     lr(t) = lr0 min(1, (t + 1) / 50) (1 - t / steps)^0.9          (warm-up, then "poly")
 
 Use it
-    from training import fit
+    from support.training import fit
     curve = fit(student, lambda progress, images, slots: ..., batches, steps=900, lr=0.05)
 """
 
@@ -25,8 +25,8 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import checkpoint
-from data import deaf, loaded
+from support import checkpoint
+from support.data import deaf, loaded
 
 CHECK_EVERY = 50          # steps between two looks at the loss; each look waits for the device
 SAVE_EVERY = 500          # steps between two resumable states, but never more than

@@ -1,7 +1,7 @@
 """Where a run computes, and in which precision.
 
 Use it
-    from device import pick_amp, pick_device
+    from support.device import pick_amp, pick_device
     device = pick_device("auto")                 # CUDA where there is one, else the CPU
     amp = pick_amp("auto", device)               # torch.bfloat16 where the hardware has it, or None
 """

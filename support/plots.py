@@ -1,7 +1,7 @@
 """Every figure. Functions take results and a path and write a PNG; nothing is shown on a screen.
 
 Use it
-    from plots import pool_check, story
+    from support.plots import pool_check, story
     pool_check(chosen, size, "pool.png")      # what distill.select returned
 """
 
@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from checkpoint import atomic
-from data import load_image, view
 from evaluate import as_input, predict
-from labelled import class_colours
 from priority import progressive_weights
+from support.checkpoint import atomic
+from support.data import load_image, view
+from support.labelled import class_colours
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#a0aec0"
 

@@ -9,7 +9,7 @@ Symbols
     B images of a batch, H W pixels, N images.
 
 Use it
-    from data import Batches, Pool, find_images
+    from support.data import Batches, Pool, find_images
     batches = Batches(files, size=(96, 128), batch_size=16, seed=0)
     images, slots = batches[t]                # (B, 3, H, W) float in [0, 1], (B,) indices of files
 """
