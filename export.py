@@ -19,20 +19,33 @@ import time
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from models import cost
 from support.checkpoint import atomic, load_model
-from support.device import pick_device
-from support.options import one_sentence, option, parse
+from support.options import Options, one_sentence, option, parse, pick_device
 
 
 @dataclass(frozen=True)
-class Config:
-    checkpoint: str | None = option(None, "student.pt or teacher.pt (required)")
-    out: str | None = option(None, "file to write, such as student.pt2; without it: costs only")
-    teacher: str | None = option(None, "teacher.pt to compare the cost with")
+class Config(Options):
+    checkpoint: str | None = option(None, "student.pt or teacher.pt", kind="FILE", required=True)
+    out: str | None = option(None, "file to write, such as student.pt2; without it: costs only",
+                             kind="FILE")
+    teacher: str | None = option(None, "teacher.pt to compare the cost with", kind="FILE")
     image_size: tuple[int, int] | None = option(None, "size to measure at (default: its own)")
-    device: str = option("auto", "where to measure: cpu, cuda or auto")
+    device: str = option("auto", "where to measure: cpu, cuda ...; auto: a GPU if there is one")
+
+
+class AtImageSize(nn.Module):
+    """A network whose logits are resized to the image: (B, 3, H, W) -> (B, K, H, W)."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return F.interpolate(self.model(images), images.shape[-2:], mode="bilinear")
 
 
 @torch.no_grad()
@@ -43,6 +56,7 @@ def export(model, path, size):
     """
     if min(size) < 32:
         raise ValueError(f"an image size of {size} is too small to export; use 32 32 or more")
+    model = AtImageSize(model)
     auto = torch.export.Dim.AUTO                        # but a batch of one would stay one
     program = torch.export.export(model, (torch.rand(2, 3, 128, 160),),
                                   dynamic_shapes=({0: auto, 2: auto, 3: auto},))
@@ -73,13 +87,11 @@ def latency(model, size, device):
 def main(argv=None):
     """Export a checkpoint, print what it costs; return {name: (parameters, MACs, ms)}."""
     cfg = parse(Config, argv, "Write a student that runs without this repository; say its cost.")
-    if cfg.checkpoint is None:
-        raise ValueError("--checkpoint is missing; give the path of a student.pt or teacher.pt")
     device, models, rows = pick_device(cfg.device), {}, {}
     if cfg.teacher:
-        models["teacher"] = load_model(cfg.teacher)[0].eval()
-    student, state = load_model(cfg.checkpoint)
-    models["student"], size = student.eval(), cfg.image_size or tuple(state["image_size"])
+        models["teacher"] = load_model(cfg.teacher)
+    models["student"] = student = load_model(cfg.checkpoint)
+    size = cfg.image_size or student.image_size
     if cfg.out:
         export(student, cfg.out, size)
         print(f"{cfg.out} gives the same masks as {cfg.checkpoint}, for any batch and size")

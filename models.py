@@ -1,33 +1,35 @@
 """Teachers and students: torchvision's segmentation networks and two small ones for a CPU.
 
 Idea
-    Every network here maps RGB in [0, 1] to logits and carries its own normalisation as buffers:
-    the teacher's BatchNorm statistics only mean something under the normalisation it was trained
-    with, so the two must not be able to part.
+    Every network here maps RGB in [0, 1] to logits at its own stride, a quarter of the image's
+    size, say; whoever wants masks resizes them. It carries its own normalisation as buffers: the
+    teacher's BatchNorm statistics only mean something under the normalisation it was trained with,
+    so the two must not be able to part. `wrap` makes such a network of anybody's.
 
 Paper
     The networks of DFSS are not public. `deeplabv3_mobilenet_v2` follows the student that DFAD
     (Fang et al., arXiv 1912.11006) used on CamVid; what differs is said at `MobileNetV2Features`.
 
 Symbols
-    B images, K classes, H W pixels.
+    B images, K classes, H W pixels of an image, h w of the logits.
 
 Use it
-    from models import build_model, freeze
+    from models import build_model, freeze, wrap
     teacher = freeze(build_model("deeplabv3_resnet50", 21, weights="DEFAULT"))
-    logits = teacher(images)                            # (B, 3, H, W) in [0, 1] -> (B, K, H, W)
+    logits = teacher(images)                            # (B, 3, H, W) in [0, 1] -> (B, K, h, w)
+    mine = wrap(my_network, num_classes=21)             # takes RGB in [0, 1]; else say mean and std
 
 Run it
     python models.py            (CPU, seconds: the names, parameters and multiply-adds)
 """
 
-import hashlib
 import types
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -100,13 +102,13 @@ class SmallResNet(nn.Module):
 
 
 class MobileNetV2Features(nn.Module):
-    """MobileNetV2 up to its 320 channels at output stride 8 or 16: (B, 3, H, W) -> (B, 320, ., .).
+    """MobileNetV2 up to its 320 channels at stride 16: (B, 3, H, W) -> (B, 320, H/16, W/16).
 
     Like DFAD's student; torchvision's inverted residuals instead of its own, and, as usual for
-    DeepLab, the first block behind a removed stride keeps the smaller dilation.
+    DeepLab, the last stride becomes a dilation, of which the block that had it keeps the smaller.
     """
 
-    def __init__(self, output_stride, weights):
+    def __init__(self, weights):
         super().__init__()
         self.features = torchvision.models.mobilenet_v2(weights=weights).features[:-1]
         stride, dilation = 1, 1
@@ -114,8 +116,8 @@ class MobileNetV2Features(nn.Module):
             behind = dilation
             for conv in (m for m in block.modules() if isinstance(m, nn.Conv2d)):
                 if conv.stride == (2, 2):
-                    if stride == output_stride:
-                        conv.stride, dilation = (1, 1), dilation * 2
+                    if stride == 16:
+                        conv.stride, dilation = (1, 1), 2 * dilation
                     else:
                         stride *= 2
                 if conv.kernel_size == (3, 3):
@@ -125,56 +127,72 @@ class MobileNetV2Features(nn.Module):
         return self.features(x)
 
 
+class AtOwnStride(nn.Module):
+    """A torchvision segmentation network without its last step, which resizes the logits."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.backbone, self.classifier = net.backbone, net.classifier
+        self.takes_all = isinstance(net, torchvision.models.segmentation.LRASPP)
+
+    def forward(self, x):
+        features = self.backbone(x)
+        return self.classifier(features if self.takes_all else features["out"])
+
+
 class SegmentationModel(nn.Module):
-    """A network with its normalisation and its name: RGB in [0, 1] -> logits at the input's size.
+    """A network with its normalisation and its name: RGB in [0, 1] -> logits at its own stride.
 
     net: any module from normalised images to logits, `{"out": logits}` or an object with `.logits`.
-    The mean and the standard deviation (3,) are buffers; name and class names travel along.
+    The mean and the standard deviation (3,) are buffers; name, class names and the image size
+    (H, W) that it was trained at, if known, travel along.
     """
 
     def __init__(self, net, name, num_classes, mean=IMAGENET_MEAN, std=IMAGENET_STD,
-                 class_names=None, output_stride=16):
+                 class_names=None, image_size=None):
         super().__init__()
-        self.output_stride = output_stride
         self.net, self.name, self.num_classes = net, name, num_classes
         self.class_names = list(class_names or (f"class {k}" for k in range(num_classes)))
+        self.image_size = image_size and tuple(image_size)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
     def forward(self, images):
-        logits = segmentation_logits(self.net, (images - self.mean) / self.std, resize=False)
-        return F.interpolate(logits, images.shape[-2:], mode="bilinear")         # (B, K, H, W)
+        output = self.net((images - self.mean) / self.std)
+        if isinstance(output, dict):                # also transformers' outputs, which are dicts
+            logits = output.get("out", output.get("logits"))
+        else:
+            logits = getattr(output, "logits", output)
+        if not isinstance(logits, torch.Tensor) or logits.dim() != 4:
+            raise ValueError("a segmentation network must return logits (B, K, H, W), {'out': "
+                             f"logits}} or an object with .logits; got {type(output).__name__}")
+        return logits                                                            # (B, K, h, w)
 
 
-def segmentation_logits(model, images, resize=True):
-    """Return the logits of any segmentation network: (B, 3, H, W) -> (B, K, H, W).
+def wrap(network, num_classes=0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), class_names=None):
+    """Return any segmentation network as a SegmentationModel; one that is one already, as it is.
 
-    Understands a tensor, torchvision's {"out": tensor} and an object with `.logits`
-    (transformers). resize: bilinearly to the size of `images`; else (B, K, h, w) as they come.
-    Raises ValueError for any other output.
+    network: see SegmentationModel; torchvision's lose the resizing at their end. Weights are
+    shared, not copied. mean, std: what it expects of its input; by default it takes RGB in [0, 1].
+    num_classes or class_names: needed for masks and for files, not for distilling.
     """
-    output = model(images)
-    if isinstance(output, dict):                # also transformers' outputs, which are dicts
-        logits = output.get("out", output.get("logits"))
-    else:
-        logits = getattr(output, "logits", output)
-    if not isinstance(logits, torch.Tensor) or logits.dim() != 4:
-        raise ValueError("a segmentation network must return logits (B, K, H, W), {'out': logits} "
-                         f"or an object with .logits; got {type(output).__name__}")
-    if resize and logits.shape[-2:] != images.shape[-2:]:
-        logits = F.interpolate(logits, images.shape[-2:], mode="bilinear")
-    return logits
+    if isinstance(network, SegmentationModel):
+        return network
+    family = torchvision.models.segmentation
+    if isinstance(network, family.DeepLabV3 | family.FCN | family.LRASPP):
+        network = AtOwnStride(network)
+    return SegmentationModel(network, type(network).__name__, num_classes or len(class_names or ()),
+                             mean, std, class_names)
 
 
-def build_model(name, num_classes=None, weights=None, weights_backbone=None, output_stride=16,
-                **normalisation):
+def build_model(name, num_classes=None, weights=None, weights_backbone=None, **more):
     """Return a SegmentationModel, randomly initialised unless weights are asked for.
 
     name: one of MODELS. num_classes: K; with `weights` it may be left out and must agree.
     weights: "DEFAULT" or another name of torchvision's published segmentation weights; its classes
     and normalisation come from their metadata. weights_backbone: the same for an ImageNet
-    backbone. Both download. output_stride: 8 or 16, deeplabv3_mobilenet_v2 only.
-    normalisation: mean, std, class_names. Raises ValueError for what does not fit together.
+    backbone. Both download. more: mean, std, class_names, image_size of the SegmentationModel.
+    Raises ValueError for what does not fit together.
     """
     if name not in MODELS:
         raise ValueError(f"model {name!r} is unknown; expected one of {', '.join(MODELS)}")
@@ -191,9 +209,7 @@ def build_model(name, num_classes=None, weights=None, weights_backbone=None, out
         if num_classes not in (None, len(categories)):
             raise ValueError(f"{name} with weights {weights} has {len(categories)} classes, not "
                              f"{num_classes}: {', '.join(categories)}")
-        net = torchvision.models.get_model(name, weights=published)
-        if getattr(net, "aux_classifier", None) is not None:
-            net.aux_classifier = None           # a help in training; build_model has none either
+        net = AtOwnStride(torchvision.models.get_model(name, weights=published))
         return SegmentationModel(net, name, len(categories), preset.mean, preset.std, categories)
     if num_classes is None:
         raise ValueError(f"{name} without published weights needs a number of classes")
@@ -205,13 +221,11 @@ def build_model(name, num_classes=None, weights=None, weights_backbone=None, out
     elif name == "resnet_tiny":               # its student, about thirteen times cheaper
         net = SmallResNet(num_classes, width=12, blocks=1)
     elif name == "deeplabv3_mobilenet_v2":
-        net = nn.Sequential(MobileNetV2Features(output_stride, weights_backbone),
-                            DeepLabHead(320, num_classes))
-        normalisation["output_stride"] = output_stride
+        net = nn.Sequential(MobileNetV2Features(weights_backbone), DeepLabHead(320, num_classes))
     else:
-        net = torchvision.models.get_model(name, weights=None, weights_backbone=weights_backbone,
-                                           num_classes=num_classes)
-    return SegmentationModel(net, name, num_classes, **normalisation)
+        net = AtOwnStride(torchvision.models.get_model(
+            name, weights=None, weights_backbone=weights_backbone, num_classes=num_classes))
+    return SegmentationModel(net, name, num_classes, **more)
 
 
 def freeze(model):
@@ -226,30 +240,14 @@ def freeze(model):
     return model
 
 
-def fingerprint(model):
-    """Return a hash of all parameters and buffers, equal only if all bits are."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
 @torch.no_grad()
 def cost(model, size):
-    """Return (parameters, multiply-adds of the convolutions for one image of size (H, W))."""
-    total = 0
-
-    def count(module, args, output):
-        nonlocal total
-        total += output[0].numel() * module.weight[0].numel()
-
-    handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Conv2d)]
+    """Return (parameters, multiply-adds for one image of size (H, W)); see torch's flop_counter."""
     training, device = model.training, next(model.parameters()).device
-    model.eval()(torch.zeros(1, 3, *size, device=device))
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(torch.zeros(1, 3, *size, device=device))
     model.train(training)
-    for handle in handles:
-        handle.remove()
-    return sum(p.numel() for p in model.parameters()), total
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
 
 
 def demo():

@@ -1,35 +1,29 @@
-"""What DFSS is compared with: other choices from the same pool, and images made without one.
+"""Images made without a pool, to compare with: DeepInversion and DFAD.
 
 Idea
-    A baseline must differ in one thing only. `prediction_scores` gives every image a number,
-    smaller is better, that takes the place of the BatchNorm distance; all the rest of a run stays
-    the same. Without a pool, images must be made up: optimised until the teacher finds its own
+    Without photographs, images must be made up: optimised until the teacher finds its own
     statistics in them (`deepinversion`), or by a generator that plays against the student (`dfad`).
 
 Equation
-    confidence     1 - mean over pixels of max over classes of softmax
-    entropy        mean over pixels of - sum over classes of p log p
     deepinversion  0.01 (d(batch) + 9 d_1(batch)) + entropy + 1e-4 TV + 1e-5 ||x||,  d as in
                    bn_stats.py ("l2"), of the statistics of a whole batch; d_1 its first layer
+    entropy        mean over pixels of - sum over classes of p log p
     dfad           student: mean |t - s| over logits; generator: -log(mean |t - s| + 1)
 
 Paper
-    confidence is the rule of DFND (Chen et al., CVPR 2021: images with the smallest
-    -log max softmax), averaged over pixels, which is our adaptation to segmentation.
     DeepInversion (Yin et al., CVPR 2020). Its images have a class label, a scene has not: in the
     label's place stands the teacher's entropy, so that each pixel shall be of some class. Classes
     drawn for the cells of a grid were tried: more classes appear, but the student learned no better
     (one seed, 25 images).
     DFAD (Fang et al., arXiv 1912.11006): losses, 5 student updates to 1 of the generator, SGD 0.1,
     Adam 0.001 and a DCGAN; batch 64 and 75,000 updates there. Ours: the two rates warm up and fall
-    as in training.py, and the colours are standardised before tanh.
+    as in support/training.py, and the colours are standardised before tanh.
 
 Symbols
-    B images, C channels, K classes, H W pixels.
+    B images, C channels, K classes, H W pixels, h w of the logits.
 
 Use it
-    from experiments.baselines import deepinversion, prediction_scores
-    scores = prediction_scores(logits, "confidence")                  # (B, K, H, W) -> (B,)
+    from experiments.baselines import deepinversion
     images = deepinversion(teacher, torch.rand(25, 3, 96, 128), steps=60)
     (experiments/generators.py writes folders of such images, and runs dfad.)
 """
@@ -41,34 +35,18 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from bn_stats import bn_distance, bn_layers, capture_bn_inputs
-from models import segmentation_logits
+from support.progress import progress
 from support.training import OPTIMISERS, learning_rate
 
-PREDICTION_SCORES = ("confidence", "entropy")
 NZ = 256                    # numbers that DFAD's generator makes an image from
 
 
-def prediction_scores(logits, rule):
-    """Return how unsure a teacher is of each image, averaged over pixels: (B, K, H, W) -> (B,)."""
-    log_p = logits.float().log_softmax(dim=1)
-    if rule == "confidence":
-        return 1 - log_p.amax(dim=1).exp().mean(dim=(1, 2))
-    if rule == "entropy":
-        return -(log_p.exp() * log_p).sum(dim=1).mean(dim=(1, 2))
-    raise ValueError(f"rule {rule!r} is unknown; expected one of {PREDICTION_SCORES}")
-
-
-def random_sample(usable, budget, seed):
-    """Return `budget` indices drawn without replacement where `usable` (N,) is true."""
-    candidates = usable.nonzero().squeeze(1)
-    if not 1 <= budget <= len(candidates):
-        raise ValueError(f"the budget must be between 1 and {len(candidates)}, the number of "
-                         f"usable images in the pool; got {budget}")
-    generator = torch.Generator().manual_seed(seed)
-    return candidates[torch.randperm(len(candidates), generator=generator)[:budget]]
+def entropy(logits):
+    """Return how unsure a teacher is, averaged over images and pixels: (B, K, h, w) -> scalar."""
+    log_p = logits.log_softmax(dim=1)
+    return -(log_p.exp() * log_p).sum(dim=1).mean()
 
 
 def update(optimiser, lr, loss, inputs=None):
@@ -102,15 +80,15 @@ def deepinversion(teacher, images, steps):
     layers, (H, W) = bn_layers(teacher), images.shape[-2:]
     images = images.clone().requires_grad_()
     optimiser = torch.optim.Adam([images])
-    for step in tqdm(range(steps), desc="inverting", mininterval=1):
+    for step in progress(range(steps), "inverting"):
         # No pixel may learn its place by heart: shift by up to an eighth, and flip half the time.
         dy, dx = ((torch.rand(2) - 0.5) * torch.tensor([H, W]) / 4).round().int().tolist()
         x = images.roll((dy, dx), (2, 3))
         x = x.flip(3) if torch.rand(()) < 0.5 else x
         with capture_bn_inputs(teacher, layers) as captured:
-            logits = segmentation_logits(teacher, x)
+            logits = teacher(x)
         x = (x - teacher.mean) / teacher.std
-        loss = 0.01 * bn_loss(captured, layers) + prediction_scores(logits, "entropy").mean()
+        loss = 0.01 * bn_loss(captured, layers) + entropy(logits)
         loss = loss + 1e-4 * (x.diff(dim=2).norm() + x.diff(dim=3).norm()) + 1e-5 * x.norm()
         update(optimiser, 0.05 * (1 - step / steps), loss)
         images.data.clamp_(0, 1)
@@ -134,8 +112,8 @@ def dfad(teacher, student, generator, steps, batch_size=16, lr=0.1, amp=None):
     """Train student and generator in place; return [(update, the student's L1 loss), ...].
 
     The student imitates the teacher on what the generator makes, the generator looks for images on
-    which they differ. lr: the student's highest learning rate; amp: autocast dtype or None. Raises
-    ValueError when the loss is not finite.
+    which they differ. Both have logits of one stride. lr: the student's highest learning rate; amp:
+    autocast dtype or None. Raises ValueError when the loss is not finite.
     """
     device = next(student.parameters()).device
     mixed = partial(torch.autocast, device.type, amp or torch.bfloat16, enabled=amp is not None)
@@ -149,11 +127,11 @@ def dfad(teacher, student, generator, steps, batch_size=16, lr=0.1, amp=None):
 
     def gap(images):
         with mixed():
-            output = segmentation_logits(student, images)
-            return F.l1_loss(output.float(), segmentation_logits(teacher, images).float())
+            output, target = student(images), teacher(images)
+        return F.l1_loss(output.float(), target.float())
 
     student.train()
-    for step in tqdm(range(steps), desc="dfad", mininterval=1):
+    for step in progress(range(steps), "dfad"):
         with torch.no_grad():
             images = imagine()
         loss = gap(images)

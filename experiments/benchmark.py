@@ -29,14 +29,14 @@ from kd_loss import channelwise_kd, pixelwise_kd
 from models import build_model, freeze
 from support.checkpoint import save_json
 from support.data import Pool
-from support.options import one_sentence, option, parse
+from support.options import Options, one_sentence, option, parse
 from support.records import environment
 from support.scoring import BATCH, score
 from support.training import OPTIMISERS, fit
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Options):
     repeats: int = option(7, "repetitions of each measurement, after one to warm up; 2 or more")
     quick: bool = option(False, "tiny sizes, to see that it works")
     out: str = option("results", "folder for benchmark_cpu.json and benchmark_cuda.json")

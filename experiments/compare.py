@@ -20,14 +20,14 @@ import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import distill
 from support import plots
 from support.checkpoint import save_json
-from support.options import one_sentence, option, parse
-from support.records import differences, read_csv
+from support.options import Options, one_sentence, option, parse
+from support.records import begun, differences, read_csv
 from train_teacher import builtin_teacher
 
 UNIFORM = "--schedule uniform"
@@ -67,7 +67,6 @@ PRESETS = {
     "metrics": {"random": RANDOM,
                 "confidence": CONFIDENCE,
                 "l2, all layers (ADS)": UNIFORM,
-                "standardised, all layers": f"--metric standardised {UNIFORM}",
                 "kl, all layers": f"--metric kl {UNIFORM}",
                 "l2, early layers": f"--layers early {UNIFORM}",
                 "l2, late layers": f"--layers late {UNIFORM}"},
@@ -80,12 +79,7 @@ PRESETS = {
                    f"--pool runs/oracle/chosen.csv --budget 0 {UNIFORM}",
                "DeepInversion, 100 images": f"--pool runs/inverted --budget 0 {UNIFORM}",
                "noise": f"--pool runs/noise --budget 0 {UNIFORM}"},
-    "alignment": {"random": RANDOM,
-                  "random, colours transferred": f"{RANDOM} --align transfer",
-                  "random, colours fitted": f"{RANDOM} --align fit",
-                  "nearest (ADS)": UNIFORM,
-                  "nearest, colours transferred": f"{UNIFORM} --align transfer",
-                  "nearest, colours fitted": f"{UNIFORM} --align fit",
+    "alignment": {"nearest (ADS)": UNIFORM,
                   "transferred, then nearest": f"{UNIFORM} --align transfer-first"},
     "budget": {**{f"{name}, {budget} files": f"{words} --budget {budget}"
                   for budget in (50, 100, 200, 400, 800)
@@ -96,21 +90,16 @@ PRESETS = {
                (("uniform weights", UNIFORM), ("fixed weights", "--schedule fixed"),
                 ("progressive weights", ""), ("progressive by rank", "--weighting rank"))},
     "ablation": {"nearest (ADS)": UNIFORM,
-                 "herding": f"--sampling herding {UNIFORM}",
-                 "entropy of the teacher": f"--sampling entropy {UNIFORM}",
-                 "progressive weights, cosine": "--schedule cosine",
                  "pixel-wise KD alone": f"--kd pixelwise {UNIFORM}",
                  "channel-wise KD alone": f"--kd channelwise {UNIFORM}",
-                 "all three KD losses": f"--kd pixelwise+channelwise+pairwise {UNIFORM}",
-                 "ten times channel-wise": f"{CHANNELS} {UNIFORM}",
-                 "temperature 2 in both": f"--temperature 2 {UNIFORM}"},
+                 "ten times channel-wise": f"{CHANNELS} {UNIFORM}"},
 }
 # Two-sided 95 % quantiles of Student's t for n paired differences (n - 1 degrees of freedom).
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Options):
     preset: str = option("scenes", "rows of the table", choices=tuple(PRESETS))
     rows: str = option("", "only rows that this regular expression is found in")
     common: str = option("", "options of distill.py that all rows share, in quotes")
@@ -125,13 +114,13 @@ class Config:
 def run_once(words, folder):
     """Run distill.py with these words unless its metrics are there already; return them."""
     if (folder / "config.json").exists():        # a run of the same name may have other options
-        changed = differences(parse(distill.Config, words, ""),
+        changed = differences(asdict(parse(distill.Config, words, "")),
                               json.loads((folder / "config.json").read_text()))
         if changed:
             raise ValueError(f"the run in {folder} has another config ({'; '.join(changed)}); "
                              "choose another --runs, or delete it")
     if not (folder / "metrics.json").exists():
-        resume = ["--resume"] if (folder / "config.json").exists() else []
+        resume = ["--resume"] if begun(folder) else []
         done = subprocess.run([sys.executable, "distill.py", *words, "--out", str(folder), *resume],
                               capture_output=True, text=True, check=False)
         if done.returncode:

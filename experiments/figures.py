@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from ads_sampler import moment_features, sample, score_pool
+from ads_sampler import sample, score_pool
 from bn_stats import METRICS, bn_distance, bn_layers, capture_bn_inputs
 from evaluate import as_input
 from models import freeze
@@ -24,28 +23,29 @@ from priority import effective_sample_size, progressive_weights, sample_weights
 from support.checkpoint import load_model
 from support.data import Pool, find_images, load_image, view
 from support.labelled import class_colours
-from support.options import one_sentence, option, parse
+from support.options import Options, one_sentence, option, parse
 from support.plots import BLUE, GREY, ORANGE, strip, write
+from support.progress import progress
 from support.records import read_csv
 
 
 @dataclass(frozen=True)
-class Config:
-    run: str | None = option(None, "folder of a finished run on the built-in scenes (required)")
-    out: str = option("results/ideas", "folder for the figures")
+class Config(Options):
+    run: str | None = option(None, "folder of a finished run on the built-in scenes", kind="FOLDER",
+                             required=True)
+    out: str = option("results/ideas", "folder for the figures", kind="FOLDER")
 
 
 def measure(teacher, layers, name, files, size):
-    """Return (distances (N, 3 metrics), variances (N, C) of one layer, features (N, D))."""
+    """Return (distances (N, 2), by each metric; variances (N, C) of one layer)."""
     def score(batch):
         with capture_bn_inputs(teacher, layers) as captured:
-            teacher(as_input(batch[0], teacher.mean.device))
+            teacher(as_input(batch[1], teacher.mean.device))
         distances = [bn_distance(captured, layers, m).sum(dim=1, keepdim=True) for m in METRICS]
-        features = moment_features(captured, layers, 256)
-        return torch.cat([*distances, captured[name][1], features], dim=1)
+        return torch.cat([*distances, captured[name][1]], dim=1)
 
-    table = score_pool(score, tqdm(DataLoader(Pool(files, size), 16), desc="measuring"))
-    return table[:, :3], table[:, 3:-256], table[:, -256:]
+    table = score_pool(score, progress(DataLoader(Pool(files, size), 16), "measuring"))
+    return table[:, :len(METRICS)], table[:, len(METRICS):]
 
 
 def memory_figure(layer, within, private, pool, kinds, path):
@@ -100,22 +100,17 @@ def weights_figure(distances, path):
 @torch.no_grad()
 def losses_figure(teacher, student, image, names, path):
     """Idea 4: where each loss sees a difference between teacher and student."""
-    t, s = teacher(image), student(image)                                         # (1, K, H, W)
+    t, s = teacher(image), student(image)                                         # (1, K, h, w)
     colours = np.array(class_colours(names), dtype=np.uint8)
     car = names.index("car")
-    pixel = (t.softmax(1) * (t.log_softmax(1) - s.log_softmax(1))).sum(dim=1)[0]  # (H, W)
-
-    def region_similarity(x):                    # of every region to the one at the bottom centre
-        regions = torch.nn.functional.adaptive_avg_pool2d(x, 8).flatten(2)[0]     # (K, 64)
-        return torch.cosine_similarity(regions, regions[:, 60:61], dim=0).view(8, 8)
+    pixel = (t.softmax(1) * (t.log_softmax(1) - s.log_softmax(1))).sum(dim=1)[0]  # (h, w)
 
     maps = {"image": image[0].permute(1, 2, 0), "teacher": colours[t.argmax(1)[0]],
             "student": colours[s.argmax(1)[0]], "pixelwise: KL": pixel,
             "channelwise: car, teacher": t[0, car].flatten().div(4).softmax(0).view(pixel.shape),
-            "channelwise: car, student": s[0, car].flatten().div(4).softmax(0).view(pixel.shape),
-            "pairwise: teacher": region_similarity(t), "pairwise: student": region_similarity(s)}
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
-    for ax, (name, picture) in zip(figure.subplots(2, 4).flat, maps.items(), strict=True):
+            "channelwise: car, student": s[0, car].flatten().div(4).softmax(0).view(pixel.shape)}
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    for ax, (name, picture) in zip(figure.subplots(2, 3).flat, maps.items(), strict=True):
         ax.imshow(picture, cmap="magma", aspect="auto")
         ax.set_title(name, fontsize=9)
         ax.set_axis_off()
@@ -125,12 +120,10 @@ def losses_figure(teacher, student, image, names, path):
 def main(argv=None):
     """Write the four figures; return their folder."""
     cfg = parse(Config, argv, "Draw one figure per idea from a run on the built-in scenes.")
-    if not cfg.run:
-        raise ValueError("--run is missing; name the folder of a finished run on built-in scenes")
     run, out = Path(cfg.run), Path(cfg.out)
     config = json.loads((run / "metrics.json").read_text())["config"]
-    teacher, state = load_model(config["teacher"])
-    student, size = load_model(run / "student.pt")[0].eval(), tuple(state["image_size"])
+    teacher, student = load_model(config["teacher"]), load_model(run / "student.pt")
+    size = student.image_size
     layers = bn_layers(freeze(teacher))
     root = Path(config["data_root"])
     files, private = find_images(root / "pool"), find_images(root / "val" / "images")
@@ -138,17 +131,16 @@ def main(argv=None):
     kinds = [kind[file.name] for file in files]
 
     middle = list(layers)[len(layers) // 2]
-    pool, _, features = measure(teacher, layers, middle, files, size)
-    own, within, _ = measure(teacher, layers, middle, private, size)
+    pool, _ = measure(teacher, layers, middle, files, size)
+    own, within = measure(teacher, layers, middle, private, size)
     memory_figure(layers[middle], within, own[:, 0], pool[:, 0], kinds, out / "memory.png")
     count = config["budget"]
     generator = torch.Generator().manual_seed(0)
     choices = {"random": torch.randperm(len(files), generator=generator)[:count],
-               **{f"nearest, {m}": sample(pool[:, i], count) for i, m in enumerate(METRICS)},
-               "herding": sample(pool[:, 0], count, "herding", features)}
+               **{f"nearest, {m}": sample(pool[:, i], count) for i, m in enumerate(METRICS)}}
     sampling_figure(choices, files, kinds, size, out / "sampling.png")
     weights_figure(pool[choices["nearest, l2"], 0], out / "weights.png")
-    image = as_input(Pool(private, size)[3][0][None], "cpu")
+    image = as_input(Pool(private, size).view(3)[None], "cpu")
     losses_figure(teacher, student, image, teacher.class_names, out / "losses.png")
     print(f"memory.png, sampling.png, weights.png and losses.png are in {out}")
     return out

@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 from torchvision.utils import save_image
-from tqdm import tqdm
 
 import distill
 from bn_stats import bn_layers, capture_bn_inputs
@@ -38,17 +37,18 @@ from models import MODELS, freeze
 from support import records
 from support.checkpoint import load_model, save_json, save_model
 from support.data import Pool, find_images
-from support.device import pick_amp, pick_device
-from support.options import one_sentence, option, parse
+from support.options import Options, one_sentence, option, parse, pick_amp, pick_device
+from support.progress import progress
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Options):
     method: str = option("noise", "where images come from",
                          choices=("noise", "deepinversion", "dfad", "oracle"))
-    teacher: str | None = option(None, "teacher.pt of train_teacher.py (required)")
-    out: str | None = option(None, "new folder for what is made (required)")
-    images: str | None = option(None, "oracle: folder, or CSV, of the real training images")
+    teacher: str | None = option(None, "teacher.pt of train_teacher.py", kind="FILE", required=True)
+    out: str | None = option(None, "new folder for what is made", kind="FOLDER", required=True)
+    images: str | None = option(None, "oracle: folder, or CSV, of the real training images",
+                                kind="PATH")
     count: int = option(100, "noise, deepinversion: number of images")
     steps: int = option(1500, "dfad: student updates; deepinversion: updates of each batch")
     lr: float = option(0.1, "dfad: the student's highest learning rate")
@@ -68,9 +68,10 @@ def measured(teacher, files, size):
     ValueError for an image that cannot be read.
     """
     layers, rows, model = bn_layers(teacher), {}, copy.deepcopy(teacher)
-    for images, errors in tqdm(DataLoader(Pool(files, size), 16), desc="measuring", mininterval=1):
-        if any(errors):
-            raise ValueError(f"a training image cannot be read: {max(errors)}")
+    pool = Pool(files, size)
+    for numbers, images, readable in progress(DataLoader(pool, 16), "measuring"):
+        for number in numbers[~readable].tolist():
+            pool.view(number)                                    # raises, and says why
         with capture_bn_inputs(teacher, layers) as captured:
             teacher(as_input(images, teacher.mean.device))
         for name, statistics in captured.items():
@@ -89,27 +90,25 @@ def measured(teacher, files, size):
 def main(argv=None):
     """Make what `--method` names from the command line; return its record."""
     cfg, start = parse(Config, argv, __doc__.split("\n")[0]), time.perf_counter()
-    if not (cfg.teacher and cfg.out) or (cfg.method == "oracle" and not cfg.images):
-        raise ValueError("--teacher FILE and --out FOLDER are required; --method oracle also needs "
-                         "--images DIR, the real training images")
+    if cfg.method == "oracle" and not cfg.images:
+        raise ValueError("--method oracle needs --images, the real training images")
     out, device = Path(cfg.out), pick_device(cfg.device)
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; choose another --out")
-    teacher, state = load_model(cfg.teacher)
-    size = tuple(state["image_size"])
-    freeze(teacher).to(device)
+    teacher = freeze(load_model(cfg.teacher)).to(device)
+    size = teacher.image_size
     torch.manual_seed(cfg.seed)
     out.mkdir(parents=True, exist_ok=True)
     if cfg.method == "oracle":
         model = measured(teacher, find_images(cfg.images), size)
-        save_model(model, out / "teacher.pt", image_size=list(size))
+        save_model(model, out / "teacher.pt")
     elif cfg.method == "dfad":
         # The same student as distill.py's of this seed.
         student = distill.new_student(
             distill.Config(student_model=cfg.student_model, seed=cfg.seed), teacher)
         curve = dfad(teacher, student, new_generator(size).to(device), cfg.steps, cfg.batch_size,
                      cfg.lr, pick_amp(cfg.amp, device))
-        save_model(student, out / "student.pt", image_size=list(size))
+        save_model(student, out / "student.pt")
         records.write_csv(out / "curve.csv", ("step", "loss"), curve)
     else:
         for first in range(0, cfg.count, cfg.batch_size):

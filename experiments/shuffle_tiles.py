@@ -17,16 +17,17 @@ import torch
 from PIL import Image
 
 from support.data import find_images, load_image, to_tensor, view
-from support.options import one_sentence, option, parse
+from support.options import Options, one_sentence, option, parse
 
 
 @dataclass(frozen=True)
-class Config:
-    chosen: str | None = option(None, "chosen.csv of a run (required)")
-    size: tuple[int, int] | None = option(None, "height and width of the view to cut (required)")
+class Config(Options):
+    chosen: str | None = option(None, "chosen.csv of a run", kind="FILE", required=True)
+    size: tuple[int, int] | None = option(None, "height and width of the view to cut",
+                                         required=True)
     grid: int = option(4, "tiles a side; 1 leaves the images whole")
     seed: int = option(0, "seed of the order")
-    out: str = option("tiles", "folder for the images")
+    out: str = option("tiles", "folder for the images", kind="FOLDER")
 
 
 def shuffle_tiles(image, grid, generator):
@@ -42,8 +43,6 @@ def shuffle_tiles(image, grid, generator):
 def main(argv=None):
     """Write the shuffled views of the chosen files; return how many."""
     cfg = parse(Config, argv, "Write the chosen images of a run with their tiles shuffled.")
-    if not cfg.chosen or not cfg.size:
-        raise ValueError("--chosen FILE and --size H W are required")
     files = find_images(cfg.chosen)
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(cfg.seed)

@@ -6,10 +6,11 @@ Idea
 
 Use it
     from support.checkpoint import load_model, save_model
-    save_model(model, "student.pt", image_size=[96, 128])
-    model, state = load_model("student.pt")
+    save_model(model, "student.pt")
+    model = load_model("student.pt")
 """
 
+import hashlib
 import io
 import json
 import os
@@ -62,21 +63,20 @@ def load(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                 # the unpickler raises nearly anything on bad input
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is damaged or not a checkpoint of tensors and plain values "
-                         f"(nothing in it was run): {reason}") from error
+                         "(nothing in it was run); make it anew, or name another file") from error
 
 
-def save_model(model, path, **extra):
-    """Write a SegmentationModel with all it takes to build it again, and `extra` plain values."""
+def save_model(model, path):
+    """Write a SegmentationModel with all it takes to build it again."""
     save({"format": FORMAT, "model": model.name, "num_classes": model.num_classes,
-          "class_names": model.class_names, "mean": model.mean.flatten().tolist(),
-          "std": model.std.flatten().tolist(), "output_stride": model.output_stride,
-          "state_dict": model.state_dict(), **extra}, path)
+          "class_names": model.class_names, "image_size": model.image_size,
+          "mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist(),
+          "state_dict": model.state_dict()}, path)
 
 
 def load_model(path, name=None, num_classes=None):
-    """Return (SegmentationModel, checkpoint dict). Raises ValueError that says what does not match.
+    """Return the SegmentationModel in a file, in eval mode. ValueError says what does not match.
 
     name, num_classes: what the caller expects, if anything.
     """
@@ -85,15 +85,27 @@ def load_model(path, name=None, num_classes=None):
         raise ValueError(f"{path} is not a model of this repository (format {FORMAT!r}); "
                          "train_teacher.py and distill.py write such files, and networks of your "
                          "own enter through the Python API (README)")
-    for what, expected in (("model", name), ("num_classes", num_classes)):
-        if expected is not None and state[what] != expected:
-            raise ValueError(f"{path} holds {what} {state[what]}, but {expected} was asked for")
-    model = build_model(state["model"], state["num_classes"], mean=state["mean"],
-                        std=state["std"], class_names=state["class_names"],
-                        output_stride=state.get("output_stride", 16))
     try:
+        for what, expected in (("model", name), ("num_classes", num_classes)):
+            if expected is not None and state[what] != expected:
+                raise ValueError(f"it holds {what} {state[what]}, but {expected} was asked for")
+        if len(state["class_names"]) != state["num_classes"]:
+            raise ValueError(f"it names {len(state['class_names'])} of {state['num_classes']} "
+                             "classes")
+        model = build_model(state["model"], state["num_classes"], **{
+            key: state[key] for key in ("mean", "std", "class_names", "image_size")})
         model.load_state_dict(state["state_dict"])
-    except RuntimeError as error:
-        raise ValueError(f"the weights in {path} do not fit {state['model']}: "
-                         f"{str(error).splitlines()[-1].strip()}") from error
-    return model, state
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        why = (f"its entry {error} is missing" if isinstance(error, KeyError)
+               else str(error).splitlines()[-1].strip())
+        raise ValueError(f"{path} cannot be used: {why}; make it anew, or name another file"
+                         ) from error
+    return model.eval()
+
+
+def fingerprint(model):
+    """Return a hash of all parameters and buffers, equal only if all bits are."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

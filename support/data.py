@@ -27,8 +27,6 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from alignment import apply_colours
-
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
 
 
@@ -149,19 +147,27 @@ def leave_out(files, others):
 
 
 class Pool(Dataset):
-    """Item i is (centre view of file i, uint8 (3, H, W), ""), or (zeros, why it cannot be read)."""
+    """Item i is (i, centre view of file i, uint8 (3, H, W), whether the file can be read).
 
-    def __init__(self, files, size):
-        self.files, self.size = files, tuple(size)
+    prepare: what is done to each picture where it is read, PIL -> PIL, if anything.
+    """
+
+    def __init__(self, files, size, prepare=None):
+        self.files, self.size, self.prepare = files, tuple(size), prepare
 
     def __len__(self):
         return len(self.files)
 
+    def view(self, index):
+        """Return the view in which file i is scored; ValueError says why it cannot be read."""
+        image = load_image(self.files[index], self.size)
+        return to_tensor(view(self.prepare(image) if self.prepare else image, self.size))
+
     def __getitem__(self, index):
         try:
-            return to_tensor(view(load_image(self.files[index], self.size), self.size)), ""
-        except ValueError as error:
-            return torch.zeros(3, *self.size, dtype=torch.uint8), str(error)
+            return index, self.view(index), True
+        except ValueError:
+            return index, torch.zeros(3, *self.size, dtype=torch.uint8), False
 
 
 # ---------------------------------------------------------------- loading
@@ -188,18 +194,16 @@ class Batches(Dataset):
     """Batch t is (images (B, 3, H, W) float in [0, 1], slots (B,)), a pure function of (seed, t).
 
     files: image paths; slots are indices into them. Every file is used once before any is used
-    again. A random crop (scale min_scale to max_scale), a flip, and brightness and contrast changed
+    again. A random crop (scale 1 to max_scale), a flip, and brightness and contrast changed
     by up to `jitter` are drawn from (seed, t, place in the batch), not from the file. labelled: a
-    `labelled.Labelled` over the same files adds targets (B, H, W). colours: (N, 3, 4), a colour map
-    of each file (alignment.py), applied before brightness and contrast.
+    `labelled.Labelled` over the same files adds targets (B, H, W). prepare: as in `Pool`.
     """
 
     def __init__(self, files, size, batch_size, seed, max_scale=1.6, jitter=0.2, labelled=None,
-                 colours=None, min_scale=1.0):
+                 prepare=None):
         self.files, self.size, self.batch_size, self.seed = files, tuple(size), batch_size, seed
         self.max_scale, self.jitter, self.labelled = max_scale, jitter, labelled
-        self.colours, self.min_scale = colours, min_scale
-        self.cache, self.cached_bytes = {}, 0
+        self.prepare, self.cache, self.cached_bytes = prepare, {}, 0
 
     def __len__(self):
         return 2 ** 31                                   # as many as anyone asks for
@@ -228,6 +232,7 @@ class Batches(Dataset):
             small = (round(image.width * scale), round(image.height * scale))
             image = image.resize(small, Image.BILINEAR)
             mask = mask and mask.resize(small, Image.NEAREST)
+        image = self.prepare(image) if self.prepare else image
         if self.cached_bytes < 2 ** 30:
             self.cache[slot] = image, mask
             self.cached_bytes += 4 * image.width * image.height
@@ -240,12 +245,9 @@ class Batches(Dataset):
             rng = np.random.default_rng([self.seed, 2, t, place])
             u, v, s, brightness, contrast = rng.random(5)
             flip = rng.random() < 0.5
-            scale = self.min_scale * (self.max_scale / self.min_scale) ** s
-            crop = {"scale": scale, "u": u, "v": v}
+            crop = {"scale": self.max_scale ** s, "u": u, "v": v}
             image, mask = self.source(slot)
             x = to_tensor(view(image, self.size, **crop)).float() / 255             # (3, H, W)
-            if self.colours is not None:
-                x = apply_colours(x[None], self.colours[slot][None])[0]
             contrast, brightness = 1 + self.jitter * (2 * np.array([contrast, brightness]) - 1)
             x = (((x - x.mean()) * contrast + x.mean()) * brightness).clamp(0, 1)
             images.append(x.flip(2) if flip else x)

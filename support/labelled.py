@@ -15,6 +15,8 @@ Use it
 """
 
 from collections import Counter
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +24,11 @@ import torch
 import torchvision
 from PIL import Image
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from support import scenes
 from support.data import find_images, load_image, to_tensor, view, whole_view
+from support.options import Options, option
+from support.progress import progress
 
 IGNORE = 255
 CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car",
@@ -43,19 +46,30 @@ DATASETS = {"scenes": (scenes.CLASSES, (64, 96)), "camvid": (CAMVID, (360, 480))
 HINTS = {"folder": "; line k + 1 of a classes.txt in --data-root names the value k, 'void' one to "
                    "ignore, for labels that count from 1 or have another void than 255",
          "cityscapes": "; if these are train ids, name the files *_gtFine_labelTrainIds.png"}
+labels = partial(option, group="labels")
+
+
+@dataclass(frozen=True)
+class Labels(Options):
+    """The options that name labelled data."""
+
+    dataset: str = labels("camvid", "labelled data", tuple(n for n in DATASETS if n != "none"))
+    data_root: str | None = labels(None, "folder of the labelled data", kind="FOLDER")
+    split: str = labels("train", "part of it; 'train:A,B' keeps the files whose names begin so")
+    download: bool = labels(False, "let torchvision fetch Pascal VOC")
+    num_classes: int | None = labels(None, "for --dataset folder, if it has no classes.txt")
 
 
 class Labelled(Dataset):
     """Item i is (whole image at working scale, uint8 (3, h, w); label at its own size, (H, W)).
 
     table: (256,) from a value in the file to a class, to IGNORE, or to -1 where it must not occur;
-    hint: what to do then. resize_labels: labels are reduced to the working scale, too (nearest).
+    hint: what to do then.
     """
 
-    def __init__(self, images, labels, table, class_names, size, hint="", resize_labels=False):
+    def __init__(self, images, labels, table, class_names, size, hint=""):
         self.images, self.labels, self.table, self.hint = images, labels, table, hint
         self.class_names, self.size = list(class_names), tuple(size)
-        self.resize_labels = resize_labels
 
     def __len__(self):
         return len(self.images)
@@ -65,8 +79,6 @@ class Labelled(Dataset):
         if image.size != mask.size:
             raise ValueError(f"{self.labels[index]} is {mask.width}x{mask.height} but its image is "
                              f"{image.width}x{image.height}; they must have the same size")
-        if self.resize_labels:
-            mask = whole_view(mask, self.size, Image.NEAREST)
         return to_tensor(whole_view(image, self.size)), self.classes(mask, index)
 
     def mask(self, index):
@@ -96,8 +108,7 @@ def load_mask(path):
     return Image.fromarray(indices.astype(np.uint8))
 
 
-def open_labelled(dataset, root, split, size, num_classes=None, download=False,
-                  resize_labels=False):
+def open_labelled(dataset, root, split, size, num_classes=None, download=False):
     """Return a data set as `Labelled`: scenes, camvid, voc, cityscapes or folder.
 
     root: for camvid a folder with <split>/ and <split>annot/; for voc and cityscapes the trees of
@@ -130,7 +141,7 @@ def open_labelled(dataset, root, split, size, num_classes=None, download=False,
     table[IGNORE] = -1 if dataset == "cityscapes" and VOID in values else IGNORE
     for value, name in enumerate(values):
         table[value] = IGNORE if name == VOID else names.index(name)
-    return Labelled(images, labels, table, names, size, HINTS.get(dataset, ""), resize_labels)
+    return Labelled(images, labels, table, names, size, HINTS.get(dataset, ""))
 
 
 def paired(images, labels):
@@ -236,7 +247,7 @@ def check_labels(data, names=None, most=2000):
     compare_names(data, names or data.class_names)
     K = len(data.class_names)
     pixels, sizes = torch.zeros(K + 1, dtype=torch.int64), Counter()
-    for i in tqdm(range(0, len(data), -(-len(data) // most)), desc="checking labels", leave=False):
+    for i in progress(range(0, len(data), -(-len(data) // most)), "checking labels", leave=False):
         target = data[i][1]
         pixels += target.clamp(max=K).flatten().bincount(minlength=K + 1)
         sizes[tuple(target.shape)] += 1

@@ -2,77 +2,173 @@
 
 Idea
     A program's Config is a dataclass whose fields carry their own help; the parser, `--help` and
-    the record of a run all come from it, so that none of them can disagree.
+    the record of a run all come from it, so that none of them can disagree. It checks itself,
+    wherever it is made. What several programs share is declared here and inherited.
 
 Use it
     @dataclass(frozen=True)
-    class Config:
+    class Config(Running):
         steps: int = option(900, "number of updates")
     cfg = parse(Config, ["--steps", "10"], "What the program does.")
 """
 
 import argparse
+import math
 import os
+import re
 import signal
 import sys
 import typing
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
 from functools import partial, wraps
 
 import torch
 
 
-def option(default, help, choices=None, group="options", least=0):
+def option(default, help, choices=None, group="options", least=None, kind=None, required=False):
     """Return a dataclass field with its help, allowed values and the group it is listed under.
 
-    least: the smallest integer that is allowed; for a height and a width it is 1.
+    least: the smallest number that is allowed (default: 0). kind: FILE, FOLDER or what else a word
+    stands for. required: the command line must give it.
     """
     return field(default=default, metadata={"help": help, "choices": choices, "group": group,
-                                            "least": least})
+                                            "least": least or 0, "kind": kind,
+                                            "required": required})
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+class Options:
+    """A dataclass of options that refuses values they cannot take, with one ValueError."""
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            pair = f.type == (tuple[int, int] | None)
+            kinds = tuple(t for t in typing.get_args(f.type) or (f.type,) if t is not type(None))
+            numbers = value if pair and isinstance(value, tuple) else [value]
+            least = 1 if pair else f.metadata["least"]
+            if value is None:
+                fits, expected = type(None) in typing.get_args(f.type), "a value"
+            elif pair:
+                fits = isinstance(value, tuple) and len(value) == 2 and all(
+                    isinstance(n, int) and n >= least for n in numbers)
+                expected = "a height and a width of 1 or more"
+            elif choices:
+                fits, expected = value in choices, f"one of {', '.join(choices)}"
+            elif kinds[0] in (int, float):
+                fits = (isinstance(value, kinds[0] | int) and not isinstance(value, bool)
+                        and math.isfinite(value) and value >= least)
+                expected = f"a number of at least {least}"
+            else:
+                fits, expected = isinstance(value, kinds), f"a {kinds[0].__name__}"
+            if not fits:
+                raise ValueError(f"{flag(f.name)} takes {expected}; got {value!r}")
+
+
+data, running = (partial(option, group=g) for g in ("data", "running"))
+
+
+@dataclass(frozen=True)
+class Running(Options):
+    """Where and how a program runs, and its seed."""
+
+    seed: int = running(0, "seed of weights, crops, order and random choice")
+    device: str = running("auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
+    amp: str = running("auto", "mixed precision; auto: bfloat16 where the hardware has it",
+                       ("auto", "bfloat16", "float16", "off"))
+    workers: int = running(0, "processes that load images; a GPU wants four or more")
+    out: str | None = running(None, "folder of the run", kind="FOLDER")
+    resume: bool = running(False, "go on where the interrupted run in --out stopped")
+
+
+def add_option(group, f):
+    """Give an argparse group the option that a dataclass field declares."""
+    meta = f.metadata
+    kind = next(t for t in (typing.get_args(f.type) or [f.type]) if t is not type(None))
+    how = {"help": meta["help"], "required": meta["required"]}
+    if f.default is not None and f.default is not False and f.default != "":
+        how["help"] += f" (default: {f.default})"
+    if kind is bool:
+        how["action"] = "store_true"
+    elif f.type == (tuple[int, int] | None):
+        how |= {"nargs": 2, "type": int, "metavar": ("H", "W")}
+    else:
+        metavar = meta["kind"] or {int: "N", float: "X", str: "NAME"}[kind]
+        if meta["choices"]:
+            how["choices"], how["help"] = meta["choices"], how["help"] + "; one of: " + ", ".join(
+                meta["choices"])
+        how |= {"type": kind, "metavar": metavar}
+    group.add_argument(flag(f.name), **how)
+
+
+def given(config_class, argv, description):
+    """Return {name: value} of the options that the words `argv` (None: sys.argv) name."""
+    parser = argparse.ArgumentParser(
+        description=description, usage="%(prog)s [options]", argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=24, width=79))
+    groups = {}
+    for f in fields(config_class):
+        name = f.metadata["group"]
+        groups[name] = groups.get(name) or (
+            parser if name == "options" else parser.add_argument_group(name))
+        add_option(groups[name], f)
+    words = vars(parser.parse_args(argv))
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in words.items()}
 
 
 def parse(config_class, argv, description):
-    """Return a `config_class` made of the words `argv` (None: sys.argv).
+    """Return a `config_class` made of the words `argv` (None: sys.argv)."""
+    return config_class(**given(config_class, argv, description))
 
-    A bool becomes a switch, a tuple[int, int] takes two integers, `None` means not set. Raises
-    ValueError for an integer that is too small.
+
+def parse_losses(text):
+    """Return the factors (pixel-wise, channel-wise) of a sum: "pixelwise+10*channelwise": (1, 10).
     """
-    parser = argparse.ArgumentParser(
-        description=description, usage="%(prog)s [options]",
-        formatter_class=partial(argparse.HelpFormatter, max_help_position=26, width=100))
-    groups, long = {"options": parser}, {}           # argparse's own heading, also over --help
-    for f in fields(config_class):
-        group = f.metadata["group"]
-        groups[group] = groups.get(group) or parser.add_argument_group(group)
-        kind = next(t for t in (typing.get_args(f.type) or [f.type]) if t is not type(None))
-        choices = f.metadata["choices"]
-        flag = "--" + f.name.replace("_", "-")
-        allowed = f" [{', '.join(choices)}]" if choices else ""
-        if len(allowed) > 70:                               # once, below, for all that share it
-            long.setdefault(allowed, []).append(flag)
-            allowed = " [see below]"
-        unset = f.default in (None, "") or f.default is False
-        shown = "" if unset else f" (default: {f.default})"
-        how = {"help": (f.metadata["help"] + allowed + shown).strip(), "default": f.default}
-        if kind is bool:
-            how["action"] = "store_true"
-        elif f.type == (tuple[int, int] | None):
-            how |= {"nargs": 2, "type": int, "metavar": ("H", "W")}
-        else:
-            how |= {"type": kind, "choices": choices,
-                    "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
-        groups[group].add_argument(flag, **how)
-    parser.epilog = "; ".join(f"{', '.join(flags)}: {names[2:-1]}" for names, flags in long.items())
-    values = vars(parser.parse_args(argv))
-    leasts = {f.name: f.metadata["least"] for f in fields(config_class)}
-    for name, value in values.items():
-        numbers = value if isinstance(value, list) else [value]
-        least = 1 if isinstance(value, list) else leasts[name]
-        if any(isinstance(number, int) and number < least for number in numbers):
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}; got "
-                             f"{' '.join(map(str, numbers))}")
-    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    factors = {"pixelwise": 0.0, "channelwise": 0.0}
+    for term in text.split("+"):
+        found = re.fullmatch(r"(?:(\d+(?:\.\d+)?)\*)?(\w+)", term)
+        if not found or factors.get(found[2]) != 0:
+            raise ValueError(f"--kd {text!r} is no sum of losses; expected pixelwise, channelwise "
+                             "or both, such as pixelwise+10*channelwise")
+        factors[found[2]] = float(found[1] or 1)
+    return tuple(factors.values())
 
+
+# ---------------------------------------------------------------- where a run computes
+
+def pick_device(name):
+    """Return the torch.device that "auto", "cpu", "cuda" or "cuda:1" stands for."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"torch cannot compute on --device {name} here; use cpu, or auto"
+                         ) from error
+    return device
+
+
+def pick_amp(name, device):
+    """Return the autocast dtype that "auto", "bfloat16", "float16" or "off" stands for, or None.
+
+    "auto" is bfloat16 where the hardware computes in it, which about doubles the speed.
+    """
+    if name != "auto":
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "off": None}[name]
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        able = getattr(torch.cpu, "get_capabilities", dict)()
+        native = able.get("avx512_bf16", False) or able.get("amx_bf16", False)
+    return torch.bfloat16 if native else None
+
+
+# ---------------------------------------------------------------- errors of a user
 
 def sentence(error):
     """Return (what to say, exit code) for an error that a user can cause or cure, else None."""
@@ -95,7 +191,7 @@ def sentence(error):
 def one_sentence(main):
     """Make errors a user can cause one sentence on stderr and exit code 2, not a traceback.
 
-    SIGTERM is taken like Ctrl-C; the exit code of both is 128 + the signal's number. Set the
+    SIGTERM and SIGHUP are taken like Ctrl-C; the exit code is 128 + the signal's number. Set the
     environment variable DFSS_TRACEBACK to see where an error arose.
     """
     def interrupt(number, frame):
@@ -103,7 +199,9 @@ def one_sentence(main):
 
     @wraps(main)
     def program():
-        signal.signal(signal.SIGTERM, interrupt)
+        for name in ("SIGTERM", "SIGHUP"):                      # Windows knows no SIGHUP
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), interrupt)
         try:
             main()
         except (Exception, KeyboardInterrupt) as error:

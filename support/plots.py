@@ -40,12 +40,11 @@ def strip(figure, pictures, title, titles=()):
 
 def histogram(ax, scores, chosen):
     """Draw the distances of the pool and, in colour, of the chosen images."""
-    d = scores[:, 0]
-    d = d[d.isfinite()]
+    d = scores[scores.isfinite()]
     top = float(d.quantile(0.99)) if len(d) < 2 ** 24 else float(d.max())    # quantile's own limit
     bins = np.linspace(float(d.min()), top, 50)
     ax.hist(d.clamp(max=top), bins, color=GREY, label=f"pool, {len(d)} images")
-    ax.hist(scores[chosen, 0].clamp(max=top), bins, color=BLUE, label=f"chosen, {len(chosen)}")
+    ax.hist(scores[chosen].clamp(max=top), bins, color=BLUE, label=f"chosen, {len(chosen)}")
     ax.set(xlabel="distance to the teacher's training data (last bin: all beyond)", ylabel="images",
            title="2, 3  Score the pool, keep the nearest")
     ax.legend(frameon=False, fontsize=8)
@@ -66,7 +65,7 @@ def weight_curves(ax, weights, schedule):
 
 def pool_rows(figures, chosen, size, columns=10):
     """Fill two subfigures with the nearest and the farthest images of the pool."""
-    d = chosen["scores"][:, 0]
+    d = chosen["scores"]
     order = torch.where(d.isfinite(), d, torch.inf).argsort(stable=True)
     order = order[:int(d.isfinite().sum())].tolist()
     for figure, indices, name in ((figures[0], order[:columns], "Nearest in the pool"),

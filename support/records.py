@@ -1,7 +1,7 @@
 """The folder of a run: what was asked, with what, what came out, so that a row has a record.
 
 Use it
-    out = open_run(cfg)                    # a new or an empty folder, or, with cfg.resume, this one
+    metrics = in_folder(run, Config, argv, "What the program does.")      # calls run(cfg, out)
     write_csv(out / "curve.csv", ("step", "loss"), curve)
 """
 
@@ -13,8 +13,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from contextlib import contextmanager
-from itertools import pairwise
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import PIL
@@ -23,16 +22,22 @@ import torchvision
 
 from evaluate import named_iou
 from support import checkpoint
+from support.options import given
 
 # Options that say where or how a run is computed, not what it computes.
 NEUTRAL = {"out", "resume", "dry_run", "device", "workers", "download"}
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}      # file names that are not UTF-8, too
 
 
-def differences(cfg, recorded):
-    """Return 'name: recorded value, now value' for options of a dataclass that changed a result."""
-    now = json.loads(json.dumps(dataclasses.asdict(cfg)))
-    return [f"{name}: {recorded.get(name)!r}, now {value!r}" for name, value in now.items()
+def plain(values):
+    """Return a dict of options as JSON gives it back: a tuple becomes a list."""
+    return json.loads(json.dumps(values))
+
+
+def differences(options, recorded):
+    """Return 'name: recorded value, now value' for options, a dict, that change a result."""
+    return [f"{name}: {recorded.get(name)!r}, now {value!r}"
+            for name, value in plain(options).items()
             if name not in NEUTRAL and recorded.get(name) != value]
 
 
@@ -42,57 +47,103 @@ def digest(cfg):
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def open_run(cfg):
-    """Return the folder of this run, made if need be, with its config.json.
+# ---------------------------------------------------------------- the folder
 
-    Without --out it is the next free number below runs/. Raises ValueError if the folder holds
-    something and --resume was not given, or if it holds a run of another config.
+def begun(out):
+    """Say whether a folder holds more than a config.json, or than what begins with a dot.
+
+    A run that failed before its first result, over a mistyped path say, leaves no more.
     """
-    if cfg.out is None and cfg.resume:
-        raise ValueError("--resume needs --out, the folder of the run to go on with")
-    if cfg.out is None:
-        taken = [int(p.name) for p in Path("runs").glob("[0-9]*") if p.name.isdigit()]
-        out = Path("runs") / f"{max(taken, default=0) + 1:03d}"
-    else:
-        out = Path(cfg.out)
-    # A run that failed before its first result, over a mistyped path say, leaves config.json only.
-    # What begins with a dot is what a killed program was about to write.
-    if out.is_dir() and any(p.name != "config.json" and p.name[0] != "." for p in out.iterdir()):
-        if not cfg.resume:
-            raise ValueError(f"{out} is not empty; choose another --out, or add --resume to go on "
-                             "with the run in it")
-        if not (out / "config.json").is_file():
-            raise ValueError(f"{out} holds no run to resume (no config.json)")
-        if (out / "metrics.json").is_file():
-            raise ValueError(f"the run in {out} is finished; its result is in metrics.json")
-        changed = differences(cfg, json.loads((out / "config.json").read_text()))
-        if changed:
-            raise ValueError(f"the run in {out} has another config ({'; '.join(changed)}); resume "
-                             "it with its own options, or choose another --out")
-    checkpoint.save_json(dataclasses.asdict(cfg), out / "config.json")
-    return out
+    return out.is_dir() and any(p.name != "config.json" and p.name[0] != "." for p in out.iterdir())
 
 
 @contextmanager
-def resumable(out):
-    """Add to an interruption, a full disk and the like the command that goes on from there."""
-    try:
+def locked(out):
+    """Keep other programs out of a folder, which is made if need be, while the body runs."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:                                      # Windows has none
+            pass
+        except OSError as error:
+            raise ValueError(f"another program is at work in {out}; wait for its end, or choose "
+                             "another --out") from error
         yield
-    except (KeyboardInterrupt, OSError, RuntimeError) as error:
-        if not isinstance(error, FileNotFoundError | torch.OutOfMemoryError):
-            more = [word for option, words in (("--resume", ()), ("--out", (str(out),)))
-                    if option not in sys.argv for word in (option, *words)]
-            error.add_note(f"go on with: {shlex.join(['python', *sys.argv, *more])}")
-        raise
 
 
-def in_folder(run, cfg):
-    """Return run(cfg, the folder of this run); if it is interrupted, the error says how to go on.
+def recorded(out):
+    """Return the config of the run in a folder, a dict; ValueError if there is none to go on with.
     """
-    out = open_run(cfg)
-    with resumable(out):
+    if out is None or not (Path(out) / "config.json").is_file():
+        raise ValueError(f"--resume: there is no run in {out}; name the folder of an interrupted "
+                         "run with --out")
+    if (Path(out) / "metrics.json").is_file():
+        raise ValueError(f"the run in {out} is finished; its result is in metrics.json")
+    try:
+        values = json.loads((Path(out) / "config.json").read_text())
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{out}/config.json is damaged; begin anew with another --out") from error
+
+
+def configured(config_class, words):
+    """Return the config that options {name: value} give; with resume, the one in the folder out.
+
+    Raises ValueError if a resumed run was given other options than it had.
+    """
+    if not words.get("resume"):
+        return config_class(**words)
+    out = words.get("out", config_class.out)
+    kept = recorded(out)
+    changed = differences(words, plain(kept))
+    if changed:
+        raise ValueError(f"the run in {out} has another config ({'; '.join(changed)}); resume it "
+                         "with its own options, or choose another --out")
+    known = {f.name for f in dataclasses.fields(config_class)}
+    return config_class(**{k: v for k, v in (kept | words).items() if k in known})
+
+
+def pick_folder(cfg, root=Path("runs")):
+    """Return the folder of a run: --out, or the next free number below runs/."""
+    if cfg.out:
+        return Path(cfg.out)
+    taken = [int(p.name) for p in root.glob("[0-9]*") if p.name.isdigit() and begun(p)]
+    return root / f"{max(taken, default=0) + 1:03d}"
+
+
+@contextmanager
+def open_run(cfg):
+    """Yield the folder of this run, made if need be, with its config.json; nobody else may use it.
+
+    Raises ValueError if the folder holds something and --resume was not given. An interruption, a
+    full disk and the like get the command that goes on from there.
+    """
+    out = pick_folder(cfg)
+    with locked(out):
+        if begun(out) and not cfg.resume:
+            raise ValueError(f"{out} is not empty; choose another --out, or add --resume to go on "
+                             "with the run in it")
+        if not cfg.resume:
+            checkpoint.save_json(dataclasses.asdict(cfg), out / "config.json")
+        try:
+            yield out
+        except (KeyboardInterrupt, OSError, RuntimeError) as error:
+            if not isinstance(error, FileNotFoundError | torch.OutOfMemoryError):
+                words = ["python", sys.argv[0], "--resume", "--out", str(out)]
+                error.add_note(f"go on with: {shlex.join(words)}")
+            raise
+
+
+def in_folder(run, config_class, argv, description):
+    """Return run(cfg, folder) for the options in the words `argv`."""
+    cfg = configured(config_class, given(config_class, argv, description))
+    with open_run(cfg) as out:
         return run(cfg, out)
 
+
+# ---------------------------------------------------------------- tables
 
 def read_csv(path):
     """Return the rows of a table, as text."""
@@ -106,55 +157,57 @@ def write_csv(path, header, rows):
         csv.writer(file).writerows([header, *rows])
 
 
-def write_choice(out, chosen, left_out=()):
-    """Write chosen.csv and skipped.csv: what distill.select returned, data.leave_out left out.
+def write_choice(out, found):
+    """Write chosen.csv, and add the unreadable files to skipped.csv, from what was found.
 
     Raises ValueError if training has begun here on other images, as when the pool has changed.
     """
-    files = [str(path) for path in chosen["files"]]
+    files = [str(path) for path in found["files"]]
     if (out / "state.pt").exists() and files != [r[0] for r in read_csv(out / "chosen.csv")[1:]]:
         raise ValueError(f"the run in {out} began with other images of the pool, those in its "
                          "chosen.csv; put these back and resume, or choose another --out")
     write_csv(out / "chosen.csv", ("file", "distance", "weight"), zip(
-        files, chosen["distances"].tolist(), chosen["weights"].tolist(), strict=True))
-    write_csv(out / "skipped.csv", ("reason",), [[why] for why in (*chosen["skipped"], *left_out)])
-    if left_out:
-        print(f"            warning: {len(left_out)} images of the pool are also among those to "
-              "evaluate on; they were left out (skipped.csv)")
+        files, found["distances"].tolist(), found["weights"].tolist(), strict=True))
+    before = read_csv(out / "skipped.csv")[1:] if (out / "skipped.csv").exists() else []
+    rows = before + [[why] for why in found["skipped"]]
+    write_csv(out / "skipped.csv", ("reason",), dict.fromkeys(map(tuple, rows)))
 
+
+# ---------------------------------------------------------------- the result
 
 def environment(device):
     """Return what a number depends on beside the config: versions, hardware, commit."""
-    try:
+    commit, processor = "", platform.machine()
+    with suppress(FileNotFoundError):                # no git here, as in many containers
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
                                 text=True, cwd=Path(__file__).parent, check=False).stdout.strip()
-    except FileNotFoundError:                       # no git here, as in many containers
-        commit = ""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((x.split(": ")[1] for x in lines if x.startswith("model name")), processor)
     return {"python": platform.python_version(), "torch": torch.__version__,
             "torchvision": torchvision.__version__, "pillow": PIL.__version__,
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda"
-            else f"{platform.machine()} CPU", "commit": commit or None}
+            else f"{processor} CPU", "commit": commit or None}
 
 
-def metrics(cfg, results, teacher, chosen, laps):
+def metrics(cfg, results, teacher, found, seconds):
     """Return metrics.json: what was reached, from how many images, in how long, with what.
 
     results: {"teacher", "student", "agreement"} of evaluate.evaluate, the first two only where
-    there are labels. chosen: of distill.select. laps: [(stage, time at its end), ...].
+    there are labels. found: of distill.distill. seconds: {stage: time it took}.
     """
     miou = {name: result["miou"] for name, result in results.items()}
-    count = len(chosen["files"])
+    count = len(found["files"])
     return {
         "teacher_miou": miou.get("teacher"), "student_miou": miou.get("student"),
         "agreement_miou": miou["agreement"],
         "agreement_pixels": results["agreement"]["pixel_accuracy"],
         "iou": {name: named_iou(result, teacher.class_names) for name, result in results.items()},
-        "pool_images": len(chosen["pool"]) - len(chosen["skipped"]),
-        "skipped_images": len(chosen["skipped"]), "selected_images": count,
+        "pool_images": len(found["pool"]) - len(found["skipped"]),
+        "skipped_images": len(found["skipped"]), "selected_images": count,
         "seen_images": min(cfg.steps * cfg.batch_size, count), "updates": cfg.steps,
-        "seconds": laps[-1][1] - laps[0][1],
-        "stage_seconds": {name: end - start for (_, start), (name, end) in pairwise(laps)},
+        "seconds": sum(seconds.values()), "stage_seconds": seconds,
         "config": dataclasses.asdict(cfg), "environment": environment(teacher.mean.device)}
 
 

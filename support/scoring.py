@@ -6,10 +6,10 @@ Idea
     teacher, pool and settings only reads. Memory is one batch and the scores.
 
 Symbols
-    N files of the pool, B images of a batch, D columns: distance, shift, features for herding.
+    N files of the pool, B images of a batch.
 
 Use it
-    scores, skipped = score(teacher, layers, files, size=(96, 128), cfg=Config())      # (N, D)
+    scores = scan(lambda images, numbers: image_distances(teacher, images), pool, device)    # (N,)
 """
 
 import hashlib
@@ -20,28 +20,23 @@ import numpy as np
 import PIL
 import torch
 from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
-from ads_sampler import mean_shift, moment_features, score_pool
-from bn_stats import bn_distance, capture_bn_inputs
+from ads_sampler import score_pool
+from bn_stats import capture_bn_inputs
 from evaluate import as_input
-from experiments.baselines import PREDICTION_SCORES, prediction_scores
-from models import fingerprint, segmentation_logits
-from support.checkpoint import atomic
-from support.data import Pool, loaded
+from support.checkpoint import atomic, fingerprint
+from support.data import loaded
+from support.progress import progress
 
 BATCH = 16                      # fixed: convolutions round a little differently at other sizes
-FEATURES = 512                  # columns that herding needs beside distance and shift
 STORE = Path("runs/scores")     # where finished scores are kept for later runs
-CODE = ("support/scoring", "bn_stats", "ads_sampler", "experiments/baselines", "alignment",
-        "support/data")         # what makes a score
 
 
-def store_path(teacher, layers, files, size, cfg):
-    """Return the file that keeps the scores of this teacher, pool and settings: its name is a hash.
+def score_key(teacher, layers, pool, *settings):
+    """Return a name for the scores of this teacher, pool and settings, a hash.
 
-    A photograph counts as the same if path, size in bytes and time of change are. Whoever tries a
-    distance of their own in one of the modules of CODE gets new scores, not those kept before.
+    A photograph counts as the same if path, size in bytes and time of change are. Whoever changes
+    the code, a distance say, gets new scores, not those kept before.
     """
     def stamp(path):
         try:
@@ -50,84 +45,105 @@ def store_path(teacher, layers, files, size, cfg):
         except OSError:                                    # vanished, or not ours to read
             return str(path), 0, 0
 
-    content = (fingerprint(teacher), type(teacher).__name__, list(layers), cfg.sampling, cfg.metric,
-               cfg.align == "transfer-first", list(size), torch.__version__, PIL.__version__,
-               next(teacher.parameters()).device.type, [stamp(path) for path in files],
-               [(Path(__file__).parents[1] / f"{name}.py").read_text() for name in CODE])
-    return STORE / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}.f32"
+    root = Path(__file__).parents[1]
+    content = (fingerprint(teacher), repr(teacher), list(layers), settings, pool.size,
+               torch.__version__, PIL.__version__, next(teacher.parameters()).device.type,
+               [stamp(path) for path in pool.files],
+               [path.read_text() for where in (root, root / "support")
+                for path in sorted(where.glob("*.py"))])
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def read_rows(path, columns):
-    """Return the whole rows in a file of float32, none if there is no file: (n, columns)."""
-    flat = np.fromfile(path, dtype=np.float32) if path and path.is_file() else np.empty(0, "f4")
-    rows = flat[:len(flat) // columns * columns].reshape(-1, columns)
-    return torch.from_numpy(rows.copy())
+def read_scores(path):
+    """Return the scores in a file of float32, none if there is no file: (n,)."""
+    if not path or not path.is_file():
+        return torch.empty(0)
+    return torch.from_numpy(np.fromfile(path, dtype=np.float32))
 
 
-def score(teacher, layers, files, size, cfg, part=None, store=None, prepare=None):
-    """Return (scores (N, 2 or more) float32, reasons why files are left out).
+def scan(rule, pool, device, workers=0, key=None, out=None):
+    """Return the score of every photograph, NaN where it cannot be read: (N,) float32.
 
-    Column 0 is the distance, column 1 the shift (ads_sampler.mean_shift), the rest are features for
-    herding. A file that cannot be read scores NaN. cfg: its sampling, metric and workers count.
-    part: file to which batches are appended, and from which a scan goes on. store: file that keeps
-    finished scores (`store_path`); if it is there it is read and nothing is computed. prepare: what
-    is done to the images (B, 3, H, W) before the teacher sees them, if anything.
+    rule: maps (images (B, 3, H, W) in [0, 1], their numbers in the pool (B,)) to scores (B,). key:
+    name under which finished scores are kept, and read if they are there. out: folder of the run;
+    batches are appended to a file in it, from which an interrupted scan goes on.
     """
-    device = next(iter(layers.values())).running_mean.device
-    columns = 2 + FEATURES * (cfg.sampling == "herding")
+    store = key and STORE / f"{key}.f32"
+    part = out and key and Path(out) / f"{key}.part"  # goes on only with this pool and this teacher
+    scores = read_scores(store)
+    if len(scores) == len(pool):
+        return scores
+    scores = read_scores(part)
+    scores = scores[:len(scores) // BATCH * BATCH]          # the last batch may be half written
+    if part:
+        scores.numpy().tofile(part)
 
     def score_batch(batch):
-        images, errors = as_input(batch[0], device), batch[1]
-        images = prepare(images) if prepare else images
-        predicted = cfg.sampling in PREDICTION_SCORES
-        with capture_bn_inputs(teacher, layers, stop=not predicted) as captured:
-            output = segmentation_logits(teacher, images)
-        if predicted:
-            distance = prediction_scores(output, cfg.sampling)                    # (B,)
-        else:
-            distance = bn_distance(captured, layers, cfg.metric).sum(dim=1)       # (B,)
-        scores = torch.stack([distance, mean_shift(captured, layers)], dim=1)
-        if cfg.sampling == "herding":
-            scores = torch.cat([scores, moment_features(captured, layers, FEATURES)], dim=1)
-        scores[[bool(error) for error in errors]] = torch.nan
+        numbers, images, readable = batch
+        found = rule(as_input(images, device), numbers.to(device))                # (B,)
+        found = found.float().cpu().masked_fill(~readable, torch.nan)
         if part:
             with open(part, "ab") as file:
-                file.write(scores.float().cpu().numpy().tobytes())
-        return scores
+                file.write(found.numpy().tobytes())
+        return found
 
-    pool = Pool(files, size)
-    scores = read_rows(store, columns)
-    if len(scores) != len(files):
-        scores = read_rows(part, columns)
-        scores = scores[:len(scores) // BATCH * BATCH]      # the last batch may be half written
-        if part:
-            scores.numpy().tofile(part)
-        todo = range(len(scores), len(files))
-        if todo:
-            loader = DataLoader(Subset(pool, todo), BATCH, num_workers=cfg.workers,
-                                pin_memory=device.type == "cuda")
-            bar = tqdm(loaded(loader), desc="scoring", mininterval=1, total=len(loader))
-            scores = torch.cat([scores, score_pool(score_batch, bar)])
-        if store:
-            with atomic(store) as temporary:
-                scores.numpy().tofile(temporary)
-        if part:
-            part.unlink()
-    bad = (~scores.isfinite().all(dim=1)).nonzero().squeeze(1).tolist()
-    reasons = [pool[i][1] or f"{files[i]}: it could not be scored" for i in bad]
-    if len(bad) > len(files) / 2:
-        raise ValueError(f"{len(bad)} of {len(files)} files of the pool cannot be used, more than "
-                         f"half; the first is {reasons[0]}")
-    return scores, reasons
+    todo = range(len(scores), len(pool))
+    if todo:
+        loader = DataLoader(Subset(pool, todo), BATCH, num_workers=workers,
+                            pin_memory=device.type == "cuda")
+        bar = progress(loaded(loader), "scoring", total=len(loader))
+        scores = torch.cat([scores, score_pool(score_batch, bar)])
+    if store:
+        with atomic(store) as temporary:
+            scores.numpy().tofile(temporary)
+    if part:
+        part.unlink()
+    return scores
 
 
-def verdict(scores, chosen):
-    """Return a sentence: does this pool fit this teacher?
+def unusable(pool, scores):
+    """Return why files of the pool cannot be used, a line each; ValueError if that is most of it.
+    """
+    reasons = []
+    for i in (~scores.isfinite()).nonzero().flatten().tolist():
+        try:
+            pool.view(i)
+            reasons.append(f"{pool.files[i]}: it could not be scored")
+        except ValueError as error:
+            reasons.append(str(error))
+    if len(reasons) > len(pool) / 2:
+        raise ValueError(f"{len(reasons)} of {len(pool)} files of the pool cannot be used, more "
+                         f"than half; the first is {reasons[0]}")
+    return reasons
+
+
+@torch.no_grad()
+def mean_shift(teacher, layers, pool, indices):
+    """Return how far images lie from the teacher's channel means, in standard deviations: a number.
+
+    The root mean square of (mu - mu_bn) / sqrt(var_bn + eps) over images, layers and channels, a
+    yardstick of known scale: over the training images the mean square is the share of the running
+    variance that lies between images, so at most 1.
+    """
+    device, squares = next(teacher.parameters()).device, []
+    for batch in DataLoader(Subset(pool, indices), BATCH):
+        with capture_bn_inputs(teacher, layers) as captured:
+            teacher(as_input(batch[1], device))
+        squares += [((mean - layers[name].running_mean).square()
+                     / (layers[name].running_var + layers[name].eps)).mean(dim=1)
+                    for name, (mean, _) in captured.items()]                      # L times (B,)
+    return torch.cat(squares).mean().sqrt().item()
+
+
+def verdict(teacher, layers, pool, scores, chosen, most=200):
+    """Return a sentence: does this pool fit this teacher? It looks at `most` of chosen and pool.
 
     A rule of thumb from one teacher (results/pool_check.csv): CamVid's own training images lie at
     0.2, the chosen of a mixed pool at 0.3, of landscapes only at 0.5, any photographs at 1.1.
     """
-    near, whole = (float(s.square().nanmean().sqrt()) for s in (scores[chosen, 1], scores[:, 1]))
+    usable = scores.isfinite().nonzero().flatten()
+    near, whole = (mean_shift(teacher, layers, pool, some[::-(-len(some) // most)].tolist())
+                   for some in (chosen, usable))
     fits = "fits well" if near < 0.4 else "fits in part" if near < 0.7 else "hardly fits"
     return (f"This pool {fits}: the chosen images lie {near:.2f} standard deviations from the "
             f"teacher's channel means,\n            the whole pool {whole:.2f}; training images "
