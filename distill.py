@@ -24,7 +24,6 @@ from functools import partial
 from time import perf_counter
 
 import torch
-import torch.nn.functional as F
 
 from ads_sampler import sample
 from bn_stats import METRICS, bn_layers, image_distances, select_layers
@@ -32,8 +31,10 @@ from kd_loss import channelwise_kd, pixelwise_kd
 from models import MODELS, build_model, freeze, wrap
 from priority import SCHEDULES, progressive_weights, sample_weights, weighted_loss
 from support import checkpoint, command, records
+from support.answers import Kept, logits_size
+from support.answers import ask as answers_of
 from support.colours import private_colours
-from support.data import Batches, Pool, find_images
+from support.data import Batches, Pool, Views, find_images
 from support.labelled import DATASETS, Labels, labels
 from support.options import Running, one_sentence, option, parse_losses, pick_amp
 from support.scoring import scan, score_key, unusable, verdict
@@ -92,14 +93,18 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
 
     # 5. Distil: the student learns to answer as the teacher does.
     student, weights = wrap(student), weights.to(device)
-    views = Batches(found["files"], size, cfg.batch_size, cfg.seed, prepare=prepare)
     run = Training(student, cfg.steps, cfg.lr, cfg.seed, pick_amp(cfg.amp, device),
                    out and out / "state.pt")
-    for progress, images, slots in run.batches(views, cfg.workers):                # (B, 3, H, W)
+    ask = partial(answers_of, teacher, like=logits_size(student, size), precision=run.precision())
+    views = Views(found["files"], size, cfg.seed, prepare=prepare)
+    # 5a. The teacher answers each view once; no more views than will be seen.
+    count = min(cfg.views, -(-cfg.steps * cfg.batch_size // len(chosen)))
+    kept = Kept(ask, views, count, device, cfg.batch_size, cfg.workers, out) if count else None
+    for progress, images, slots, *answers in run.batches(Batches(views, cfg.batch_size, kept),
+                                                         cfg.workers):
+        answers = answers[0] if kept else ask(images)                              # (B, K, h, w)
         with run.precision():
-            with torch.no_grad():
-                answers = F.interpolate(teacher(images), size, mode="bilinear")    # (B, K, H, W)
-            logits = F.interpolate(student(images), size, mode="bilinear")         # (B, K, H, W)
+            logits = student(images)                                               # (B, K, h, w)
         losses = (pixel * pixelwise_kd(logits, answers)
                   + channel * channelwise_kd(logits, answers))                     # (B,)
         now = progressive_weights(weights, progress, cfg.schedule)                 # (budget,)
@@ -136,6 +141,7 @@ class Config(Labels, Running):
     align: str = method("none", "give photographs the private colours before choosing (ours)",
                         ("none", "transfer-first"))
     kd: str = method("pixelwise+channelwise", "losses, as in pixelwise+10*channelwise")
+    views: int = training(24, "views of each photograph, answered once; 0: always new ones")
     steps: int = training(1500, "number of updates")
     batch_size: int = training(16, "images an update", least=1)
     lr: float = training(0.01, "highest learning rate")

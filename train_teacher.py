@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from evaluate import evaluate, report
 from models import MODELS, build_model
 from support import checkpoint, records, scenes
-from support.data import Batches
+from support.data import Batches, Views
 from support.labelled import DATASETS, IGNORE, Labels, check_labels, labels, open_labelled
 from support.options import Running, one_sentence, option, pick_amp, pick_device
 from support.progress import progress
@@ -75,10 +75,11 @@ def train_teacher(cfg, out):
     model = build_model(cfg.model, len(data.class_names), class_names=data.class_names,
                         weights_backbone="DEFAULT" if cfg.backbone == "imagenet" else None,
                         image_size=size).to(device)
-    batches = Batches(data.images, size, cfg.batch_size, cfg.seed, jitter=cfg.jitter, labelled=data)
+    views = Views(data.images, size, cfg.seed, jitter=cfg.jitter, labelled=data)
     run = Training(model, cfg.steps, cfg.lr, cfg.seed, pick_amp(cfg.amp, device), out / "state.pt",
                    cfg.optimiser)
-    for _, images, _, target in run.batches(batches, cfg.workers, "teacher"):
+    for _, images, _, target in run.batches(Batches(views, cfg.batch_size), cfg.workers,
+                                           "teacher"):
         with run.precision():
             logits = F.interpolate(model(images), size, mode="bilinear")           # (B, K, H, W)
         run.step(cross_entropy(logits, target))

@@ -1,17 +1,18 @@
 """Photographs in, tensors out: files, views, the unlabelled pool, and stateless batches.
 
 Idea
-    Batch t of a run is a pure function of (seed, t): which images, which crops, which jitter. A run
-    then resumes from its step alone, the number of loader workers cannot change a result, and two
-    methods that differ only in their images are paired crop by crop.
+    Batch t of a run is a pure function of (seed, t): which images, which views. A view (a crop, a
+    flip, a change of light) is one of (seed, slot, number), so that the teacher's answer to it can
+    be kept. A run then resumes from its step alone, the number of loader workers cannot change a
+    result, and two methods that differ only in their images are paired view by view.
 
 Symbols
     B images of a batch, H W pixels, N images.
 
 Use it
-    from support.data import Batches, Pool, find_images
-    batches = Batches(files, size=(96, 128), batch_size=16, seed=0)
-    images, slots = batches[t]                # (B, 3, H, W) float in [0, 1], (B,) indices of files
+    from support.data import Batches, Pool, Views, find_images
+    batches = Batches(Views(files, size=(96, 128), seed=0), batch_size=16)
+    images, slots = batches[t]                # (B, 3, H, W) uint8, (B,) indices of files
 """
 
 import csv
@@ -190,31 +191,21 @@ def loaded(loader):
 
 # ---------------------------------------------------------------- stateless training batches
 
-class Batches(Dataset):
-    """Batch t is (images (B, 3, H, W) float in [0, 1], slots (B,)), a pure function of (seed, t).
+class Views(Dataset):
+    """Item (slot, view) is a view of a file to learn from, uint8 (3, H, W).
 
-    files: image paths; slots are indices into them. Every file is used once before any is used
-    again. A random crop (scale 1 to max_scale), a flip, and brightness and contrast changed
-    by up to `jitter` are drawn from (seed, t, place in the batch), not from the file. labelled: a
-    `labelled.Labelled` over the same files adds targets (B, H, W). prepare: as in `Pool`.
+    files: image paths; slots are indices into them, views count from 0 without end. A random crop
+    (scale 1 to max_scale), a flip, and brightness and contrast changed by up to `jitter` are drawn
+    from (seed, slot, view), nothing else. labelled: a `labelled.Labelled` over the same files makes
+    it (view, target (h, w) int64), the target at `label_size`. prepare: as in `Pool`.
     """
 
-    def __init__(self, files, size, batch_size, seed, max_scale=1.6, jitter=0.2, labelled=None,
-                 prepare=None):
-        self.files, self.size, self.batch_size, self.seed = files, tuple(size), batch_size, seed
-        self.max_scale, self.jitter, self.labelled = max_scale, jitter, labelled
-        self.prepare, self.cache, self.cached_bytes = prepare, {}, 0
-
-    def __len__(self):
-        return 2 ** 31                                   # as many as anyone asks for
-
-    def slots(self, t):
-        """Return the file indices of batch t: (B,), int64."""
-        places = np.arange(t * self.batch_size, (t + 1) * self.batch_size)
-        epochs, offsets = np.divmod(places, len(self.files))
-        orders = {epoch: np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.files))
-                  for epoch in np.unique(epochs)}
-        return torch.tensor([orders[e][o] for e, o in zip(epochs, offsets, strict=True)])
+    def __init__(self, files, size, seed, max_scale=1.6, jitter=0.2, prepare=None, labelled=None,
+                 label_size=None):
+        self.files, self.size, self.seed, self.prepare = files, tuple(size), seed, prepare
+        self.max_scale, self.jitter = max_scale, jitter
+        self.labelled, self.label_size = labelled, label_size or size
+        self.sources, self.bytes = {}, 0
 
     def source(self, slot):
         """Return the picture (and mask) of a file, no larger than the crops need, kept in memory.
@@ -222,8 +213,8 @@ class Batches(Dataset):
         Reducing once makes every later crop cheap. Each process keeps at most 1 GB and reads the
         rest anew.
         """
-        if slot in self.cache:
-            return self.cache[slot]
+        if slot in self.sources:
+            return self.sources[slot]
         need = [round(side * self.max_scale) for side in self.size]
         image = load_image(self.files[slot], need)
         mask = self.labelled.mask(slot) if self.labelled else None
@@ -233,27 +224,59 @@ class Batches(Dataset):
             image = image.resize(small, Image.BILINEAR)
             mask = mask and mask.resize(small, Image.NEAREST)
         image = self.prepare(image) if self.prepare else image
-        if self.cached_bytes < 2 ** 30:
-            self.cache[slot] = image, mask
-            self.cached_bytes += 4 * image.width * image.height
+        if self.bytes < 2 ** 30:
+            self.sources[slot] = image, mask
+            self.bytes += 4 * image.width * image.height
         return image, mask
 
+    def __getitem__(self, key):
+        slot, number = key
+        u, v, s, flip, *jitter = np.random.default_rng([self.seed, 2, slot, number]).random(6)
+        crop = {"scale": self.max_scale ** s, "u": u, "v": v}
+        image, mask = self.source(slot)
+        x = np.asarray(view(image, self.size, **crop))                              # (H, W, 3)
+        # Contrast around the mean, then brightness, looked up for the 256 values that there are.
+        contrast, brightness = 1 + self.jitter * (2 * np.array(jitter) - 1)
+        mean = x.mean()
+        table = ((np.arange(256) - mean) * contrast + mean) * brightness
+        x = np.take(np.clip(table + 0.5, 0, 255).astype(np.uint8), x)
+        x = to_tensor(x[:, ::-1] if flip < 0.5 else x)                              # (3, H, W)
+        if mask is None:
+            return x
+        y = self.labelled.classes(view(mask, self.label_size, **crop, resample=Image.NEAREST), slot)
+        return x, y.flip(1) if flip < 0.5 else y
+
+
+class Batches(Dataset):
+    """Batch t is (images (B, 3, H, W), uint8, slots (B,), ...), a pure function of (seed, t).
+
+    Every file is used once before any is used again, and each time with its next view: one of
+    those in `kept`, an `answers.Kept`, or without end. Behind the slots come the teacher's answers
+    (B, K, h, w) that were kept, or the targets (B, h, w) of labelled views.
+    """
+
+    def __init__(self, views, batch_size, kept=None):
+        self.views, self.batch_size, self.kept = views, batch_size, kept
+        self.count = kept.count if kept else 2 ** 31
+
+    def __len__(self):
+        return 2 ** 31                                   # as many as anyone asks for
+
+    def keys(self, t):
+        """Return the (slot, view) of each place in batch t."""
+        N, places = len(self.views.files), range(t * self.batch_size, (t + 1) * self.batch_size)
+        orders = {epoch: np.random.default_rng([self.views.seed, 1, epoch]).permutation(N)
+                  for epoch in {place // N for place in places}}
+        return [(int(orders[place // N][place % N]), place // N % self.count) for place in places]
+
     def __getitem__(self, t):
-        slots = self.slots(t)
-        images, targets = [], []
-        for place, slot in enumerate(slots.tolist()):
-            rng = np.random.default_rng([self.seed, 2, t, place])
-            u, v, s, brightness, contrast = rng.random(5)
-            flip = rng.random() < 0.5
-            crop = {"scale": self.max_scale ** s, "u": u, "v": v}
-            image, mask = self.source(slot)
-            x = to_tensor(view(image, self.size, **crop)).float() / 255             # (3, H, W)
-            contrast, brightness = 1 + self.jitter * (2 * np.array([contrast, brightness]) - 1)
-            x = (((x - x.mean()) * contrast + x.mean()) * brightness).clamp(0, 1)
-            images.append(x.flip(2) if flip else x)
-            if mask is not None:
-                y = view(mask, self.size, **crop, resample=Image.NEAREST)
-                y = self.labelled.classes(y, slot)                                  # (H, W)
-                targets.append(y.flip(1) if flip else y)
-        batch = (torch.stack(images), slots)
-        return (*batch, torch.stack(targets)) if targets else batch
+        keys = self.keys(t)
+        slots = torch.tensor([slot for slot, _ in keys])
+        if self.kept:
+            images, answers = self.kept[keys]
+            return images, slots, answers
+        views = [self.views[key] for key in keys]
+        if not self.views.labelled:
+            return torch.stack(views), slots
+        images, targets = zip(*views, strict=True)
+        return torch.stack(images), slots, torch.stack(targets)

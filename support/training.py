@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
+from evaluate import as_input
 from support import checkpoint
 from support.data import deaf, loaded
 from support.progress import progress
@@ -141,6 +142,7 @@ class Training:
     def batches(self, dataset, workers=0, name="distilling"):
         """Yield (progress, *dataset[t]) on the device for each step t that is left; see `step`.
 
+        Images become float32 in [0, 1].
         A signal waits for the end of a step, saves and raises KeyboardInterrupt(number); so does
         OSError, for a file that can no longer be read. ValueError when the loss is not finite.
         """
@@ -162,7 +164,7 @@ class Training:
                     group["lr"] = learning_rate(t, self.steps, self.lr)
                 # Dropout depends on (seed, t) alone. On a CPU only the low 32 bits of a seed count.
                 torch.manual_seed(1_000_003 * self.seed + t)
-                yield t / self.steps, *(x.to(self.device, non_blocking=True) for x in batch)
+                yield t / self.steps, *(as_input(x, self.device) for x in batch)
                 self.done, last = t + 1, t + 1 == self.steps
                 if self.done % CHECK_EVERY == 0 or last:
                     self.curve.append((self.done, self.look()))

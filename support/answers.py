@@ -1,0 +1,110 @@
+"""The teacher answers each view once, and its answers are kept: step 5a.
+
+Idea
+    A chosen photograph has a fixed number of views, so that the teacher, by far the dearest part of
+    a training step, need not be asked again. It answers at the student's resolution and its answers
+    are kept in half precision: in memory while they fit, else in a file.
+
+Symbols
+    N chosen files, V views of each, B images, K classes, H W pixels, h w of the student's logits.
+
+Use it
+    question = partial(ask, teacher, like=logits_size(student, (H, W)))
+    answers = question(images)                                   # (B, 3, H, W) -> (B, K, h, w)
+    kept = Kept(question, views, V, device); images, answers = kept[[(slot, view), ...]]
+"""
+
+import os
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from evaluate import as_input
+from support.data import loaded
+from support.progress import progress
+
+MEMORY = 4 * 2 ** 30      # bytes of views and answers that are kept in memory
+
+
+@torch.no_grad()
+def logits_size(network, size):
+    """Return (h, w) of a network's logits for images of `size` = (H, W)."""
+    training, device = network.training, next(network.parameters()).device
+    shape = network.eval()(torch.zeros(1, 3, *size, device=device)).shape[-2:]
+    network.train(training)
+    return tuple(shape)
+
+
+@torch.no_grad()
+def ask(teacher, images, like, precision=None):
+    """Return the teacher's logits at `like` = (h, w), float32: (B, 3, H, W) -> (B, K, h, w).
+
+    precision: context in which it computes. Raises ValueError for a single class.
+    """
+    with precision or nullcontext():
+        logits = teacher(images).float()
+    if logits.shape[1] < 2:
+        raise ValueError("the teacher has one output channel, of which a softmax is constant; "
+                         "expected one for each of two or more classes, background included")
+    if logits.shape[-2:] == torch.Size(like):
+        return logits
+    return F.interpolate(logits, like, mode="bilinear", antialias=True)
+
+
+def half_tensor(shape, folder):
+    """Return an empty float16 tensor: in memory while it fits, else in a file of the folder.
+
+    The file has no name any more, so that the system removes it whatever happens.
+    """
+    size = torch.Size(shape).numel()
+    if 2 * size <= MEMORY:
+        return torch.empty(shape, dtype=torch.float16)
+    path = Path(folder or tempfile.gettempdir()) / f"answers.{os.getpid()}"
+    try:
+        with open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, 2 * size)       # a full disk shows now, not later
+        tensor = torch.from_file(str(path), shared=True, size=size, dtype=torch.float16)
+    except OSError as error:
+        raise OSError(f"no room for {2 * size / 1e9:.0f} GB of the teacher's answers in "
+                      f"{path.parent} ({error.strerror}); lower --views or --budget, or use "
+                      "--views 0") from error
+    finally:
+        path.unlink(missing_ok=True)
+    return tensor.view(shape)
+
+
+class Kept:
+    """The answers to `count` views of each file; kept[keys] -> (images, answers).
+
+    ask: from images (B, 3, H, W) on the device to answers (B, K, h, w). keys: B of (slot, view).
+    images: uint8 (B, 3, H, W); answers: (B, K, h, w) float16. Views are kept with their answers
+    while both fit into memory, else they are cut again.
+    """
+
+    def __init__(self, ask, views, count, device, batch_size=16, workers=0, folder=None):
+        self.views, self.count, done = views, count, 0
+        keys = [(slot, view) for slot in range(len(views.files)) for view in range(count)]
+        loader = DataLoader(views, batch_size, sampler=keys, num_workers=workers,
+                            pin_memory=device.type == "cuda")
+        for images in progress(loaded(loader), "answering", total=len(loader)):
+            answers = ask(as_input(images, device))                               # (B, K, h, w)
+            if not done:
+                self.answers = half_tensor((len(keys), *answers.shape[1:]), folder)
+                both = len(keys) * images[0].numel() + 2 * self.answers.numel()
+                self.images = None if both > MEMORY else images.new_empty(
+                    len(keys), *images.shape[1:])
+            place = slice(done, done + len(images))
+            self.answers[place] = answers.clamp(-6e4, 6e4)       # what float16 can hold
+            if self.images is not None:
+                self.images[place] = images
+            done += len(images)
+
+    def __getitem__(self, keys):
+        index = torch.tensor([slot * self.count + view for slot, view in keys])
+        images = (torch.stack([self.views[key] for key in keys]) if self.images is None
+                  else self.images[index])
+        return images, self.answers[index]
