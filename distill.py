@@ -31,13 +31,12 @@ from kd_loss import channelwise_kd, pixelwise_kd
 from models import MODELS, build_model, freeze, wrap
 from priority import SCHEDULES, progressive_weights, sample_weights, weighted_loss
 from support import checkpoint, command, records
-from support.answers import Kept, logits_size
-from support.answers import ask as answers_of
+from support.answers import answers_of, keep, logits_size
 from support.colours import private_colours
 from support.data import Batches, Pool, Views, find_images
 from support.labelled import DATASETS, Labels, labels
 from support.options import Running, one_sentence, option, parse_losses, pick_amp
-from support.scoring import scan, score_key, unusable, verdict
+from support.scoring import scan, score_key, unusable
 from support.training import Training
 
 
@@ -59,10 +58,10 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     `models.wrap`). pool: a folder, or a list of files. size: (H, W). out: folder for a record from
     which an interrupted run goes on. Trains `student` and freezes `teacher` in place. Returns a
     dict: files, distances and weights of the chosen, nearest first; their indices in the pool
-    (chosen), its files (pool) and scores; reasons why files were skipped; the loss curve.
+    (chosen), the pool and its scores; the layers; why files were skipped; seconds; the loss curve.
     """
     cfg, began = cfg or Config(), perf_counter()
-    teacher, (pixel, channel) = freeze(wrap(teacher)), parse_losses(cfg.kd)
+    teacher, student, (pixel, channel) = freeze(wrap(teacher)), wrap(student), parse_losses(cfg.kd)
     prepare = private_colours(teacher, size) if cfg.align == "transfer-first" else None
     pool = Pool(pool if isinstance(pool, list) else find_images(pool), size, prepare)
     device = next(teacher.parameters()).device
@@ -70,38 +69,32 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     # 1. Read what the teacher remembers of its training data.
     layers = select_layers(bn_layers(teacher), cfg.layers)
 
-    # 2. Score the pool: how far is each photograph from that?  ads_sampler.score_pool, kept on disk
+    # 2. Score the pool: how far is each photograph from that? (ads_sampler.score_pool on disk)
     rule = rule_of_choice(teacher, layers, cfg, len(pool))
-    key = out and score_key(teacher, layers, pool, cfg.sampling, cfg.metric, cfg.align, cfg.seed)
-    scores = scan(rule, pool, device, cfg.workers, key, out)                       # (N,)
+    key = out and score_key(teacher, layers, pool, cfg)
+    scores = scan(rule, pool, device, cfg.workers, out, key)                       # (N,)
 
     # 3. Sample a budget of the nearest (ADS).
     chosen = sample(scores, cfg.budget or int(scores.isfinite().sum()))            # (budget,)
-    distances = scores[chosen]                                                     # (budget,)
 
     # 4. Weight them (WDPD): the nearest 1, the farthest 0, and all of them 1 in the end.
-    weights = sample_weights(distances, cfg.weighting)                             # (budget,)
+    weights = sample_weights(scores[chosen], cfg.weighting)                        # (budget,)
     found = {"files": [pool.files[i] for i in chosen.tolist()], "chosen": chosen, "scores": scores,
-             "distances": distances, "weights": weights, "pool": pool.files,
+             "distances": scores[chosen], "weights": weights, "pool": pool, "layers": layers,
              "skipped": unusable(pool, scores), "seconds": {"scoring": perf_counter() - began}}
-    command.tell_choice(found, layers, cfg)
-    if out:
-        records.write_choice(out, found)
+    command.tell_choice(found, cfg, out)
     if cfg.dry_run:
-        print(f"            {verdict(teacher, layers, pool, scores, chosen)}")
         return found
 
-    # 5. Distil: the student learns to answer as the teacher does.
-    student, weights = wrap(student), weights.to(device)
+    # 5. Distil: the student learns to answer as the teacher does, who is asked once for each view.
+    weights, began = weights.to(device), perf_counter()
     run = Training(student, cfg.steps, cfg.lr, cfg.seed, pick_amp(cfg.amp, device),
                    out and out / "state.pt")
     ask = partial(answers_of, teacher, like=logits_size(student, size), precision=run.precision())
     views = Views(found["files"], size, cfg.seed, prepare=prepare)
-    # 5a. The teacher answers each view once; no more views than will be seen.
-    count = min(cfg.views, -(-cfg.steps * cfg.batch_size // len(chosen)))
-    kept = Kept(ask, views, count, device, cfg.batch_size, cfg.workers, out) if count else None
-    for progress, images, slots, *answers in run.batches(Batches(views, cfg.batch_size, kept),
-                                                         cfg.workers):
+    kept = keep(ask, views, cfg, device, out)
+    batches = Batches(views, cfg.batch_size, kept)
+    for progress, images, slots, *answers in run.batches(batches, cfg.workers):    # (B, 3, H, W)
         answers = answers[0] if kept else ask(images)                              # (B, K, h, w)
         with run.precision():
             logits = student(images)                                               # (B, K, h, w)
@@ -109,7 +102,7 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
                   + channel * channelwise_kd(logits, answers))                     # (B,)
         now = progressive_weights(weights, progress, cfg.schedule)                 # (budget,)
         run.step(weighted_loss(losses, now[slots], now.mean()))
-    found["seconds"]["distillation"] = perf_counter() - began - found["seconds"]["scoring"]
+    found["seconds"]["distillation"] = perf_counter() - began
     return {**found, "curve": run.curve}
 
 
@@ -166,7 +159,7 @@ def run(cfg, out):
     size, student = teacher.image_size, new_student(cfg, teacher)
     found = distill(teacher, student, files, size, cfg, out)
     if cfg.dry_run:
-        return command.shown(found, size, out)
+        return command.shown(found, teacher, out)
     checkpoint.save_model(student, out / "student.pt")
     records.write_csv(out / "curve.csv", ("step", "loss"), found["curve"])
     return command.reported(cfg, out, teacher, student, found, held_out, seconds)

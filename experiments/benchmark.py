@@ -2,9 +2,10 @@
 
 Idea
     Seconds tell of a machine, ratios of a program. Each time is divided by its floor, what cannot
-    be avoided: scoring by a bare pass of the teacher, a training step by its parts, a scan by
-    decoding and scoring. Both take turns in one process, and the median and quartiles of their
-    ratios are kept. On a CPU processor time counts, which other programs disturb less.
+    be avoided: scoring and answering by a bare pass of the teacher, a training step by a bare step
+    of the student (forward, a loss of one line, backward, optimiser), a scan by decoding and
+    scoring. Both take turns in one process, and the median and quartiles of their ratios are kept.
+    On a CPU processor time counts, which other programs disturb less.
 
 Use it
     python -m experiments.benchmark                      # minutes; steadiest with OMP_NUM_THREADS=1
@@ -16,30 +17,33 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-import distill
 from ads_sampler import sample, score_pool
-from bn_stats import bn_layers, image_distances, select_layers
+from bn_stats import bn_layers, image_distances
 from evaluate import as_input
 from kd_loss import channelwise_kd, pixelwise_kd
 from models import build_model, freeze
+from priority import progressive_weights, weighted_loss
+from support.answers import Kept, answers_of, logits_size
 from support.checkpoint import save_json
-from support.data import Pool
-from support.options import Options, one_sentence, option, parse
+from support.data import Batches, Pool, Views
+from support.options import Options, one_sentence, option, parse, pick_amp
 from support.records import environment
-from support.scoring import BATCH, score
-from support.training import OPTIMISERS, fit
+from support.scoring import BATCH, scan
+from support.training import Training
 
 
 @dataclass(frozen=True)
 class Config(Options):
-    repeats: int = option(7, "repetitions of each measurement, after one to warm up; 2 or more")
+    repeats: int = option(7, "repetitions of each measurement, after one to warm up", least=2)
     quick: bool = option(False, "tiny sizes, to see that it works")
-    out: str = option("results", "folder for benchmark_cpu.json and benchmark_cuda.json")
+    out: str = option("results", "folder for benchmark_cpu.json and benchmark_cuda.json",
+                      kind="FOLDER")
 
 
 def measure(calls, repeats, device):
@@ -74,58 +78,89 @@ def network(name, device):
     return build_model(name, 21).to(device, memory_format=torch.channels_last)
 
 
-def scoring(name, batch, size, targets, cfg, device):
-    """Return what reading the layers of each spec in `targets` costs beside a bare pass."""
+def scoring(name, batch, size, target, cfg, device):
+    """Return what reading all layers of a network costs beside a bare pass."""
     teacher, images = freeze(network(name, device)), torch.rand(batch, 3, *size, device=device)
-    layers = {spec: select_layers(bn_layers(teacher), spec) for spec in targets}
-    calls = {spec: lambda few=few: image_distances(teacher, images, few)
-             for spec, few in layers.items()}
+    layers = bn_layers(teacher)
     with torch.no_grad():
-        seconds = measure({"teacher": lambda: teacher(images)} | calls, cfg.repeats, device)
-    return [row(f"score {batch} x {size[0]}x{size[1]}, {name}, {len(layers[spec])} layers", target,
-                seconds, spec, ["teacher"]) for spec, target in targets.items()]
+        seconds = measure({"teacher": lambda: teacher(images),
+                           "score": lambda: image_distances(teacher, images, layers)},
+                          cfg.repeats, device)
+    return [row(f"score {batch} x {size[0]}x{size[1]}, {name}, {len(layers)} layers", target,
+                seconds, "score", ["teacher"])]
 
 
-def training(batch, size, cfg, device, steps=5):
-    """Return what training steps cost beside their parts."""
-    images, logits = (torch.rand(batch, c, *size, device=device) for c in (3, 21))
+def photographs(folder, count):
+    """Write `count` JPEGs of 480x640; return their paths."""
+    files = [Path(folder) / f"{i}.jpg" for i in range(count)]
+    for i, file in enumerate(files):
+        Image.effect_mandelbrot((640, 480), (-2, -1, 1, 1 + i / count), 50).save(file)
+    return files
+
+
+def training(count, batch, size, cfg, device, steps=10):
+    """Return what a training step costs beside a bare one, and answering beside a bare pass."""
     teacher, student = freeze(network("resnet_small", device)), network("resnet_tiny", device)
-    optimiser, output = OPTIMISERS["adamw"](student.parameters()), logits.clone().requires_grad_()
+    images, weights = torch.rand(batch, 3, *size, device=device), torch.rand(count, device=device)
+    run = Training(student, 10 ** 6, 1e-4, 0, pick_amp("auto", device))
+    ask = partial(answers_of, teacher, like=logits_size(student, size), precision=run.precision())
 
-    def loss(output, target):
-        return (pixelwise_kd(output, target) + channelwise_kd(output, target)).mean()
+    def bare_step():
+        with run.precision():
+            logits = student(images)
+        loss = logits.float().square().mean()
+        run.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        run.optimiser.step()
 
-    def batch_loss(progress, images, slots):
-        with torch.no_grad():
-            target = teacher(images)
-        return loss(student(images), target)
+    def step(_, images, slots, answers):
+        with run.precision():
+            logits = student(images)
+        losses = pixelwise_kd(logits, answers) + channelwise_kd(logits, answers)
+        now = progressive_weights(weights, 0.5)
+        run.step(weighted_loss(losses, now[slots], now.mean()))
 
-    parts = {"teacher": lambda: teacher(images), "loss": lambda: loss(output, logits).backward(),
-             "student": lambda: student.train()(images).backward(logits),
-             "optimiser": optimiser.step}
-    batches = [(images.cpu(), torch.arange(batch))] * steps
-    seconds = measure(parts | {"fit": lambda: fit(student, batch_loss, batches, steps, 0.001)},
-                      cfg.repeats, device)
-    return [row(f"train resnet_tiny, {steps} steps of {batch} x {size[0]}x{size[1]}", 1.05, seconds,
-                "fit", list(parts), steps)]
+    def bare_pass():
+        with torch.no_grad(), run.precision():
+            teacher(images)
+
+    with tempfile.TemporaryDirectory() as folder:
+        files, views = photographs(folder, count), 24
+        seen = Views(files, size, 0)
+        passes = count * views // batch
+
+        def answer():
+            seen.sources.clear()
+            return Kept(ask, seen, views, device, batch)
+
+        answering = measure({"teacher": lambda: [bare_pass() for _ in range(passes)],
+                             "answer": answer}, cfg.repeats, device)
+        batches = run.batches(Batches(seen, batch, answer()))
+        stepping = measure({"student": lambda: [bare_step() for _ in range(steps)],
+                            "train": lambda: [step(*next(batches)) for _ in range(steps)]},
+                           cfg.repeats, device)
+        batches.close()
+    what = f"{batch} x {size[0]}x{size[1]}"
+    return [row(f"train resnet_tiny, {steps} steps of {what}", 1.3, stepping, "train", ["student"]),
+            row(f"answer {views} views of {count} JPEGs, {what}, resnet_small", 1.1, answering,
+                "answer", ["teacher"])]
 
 
-def scan(count, size, cfg, device):
+def scan_of(count, size, cfg, device):
     """Return what scoring a folder of photographs costs beside decoding and scoring them."""
     teacher = freeze(network("resnet_small", device))
     layers = bn_layers(teacher)
+
+    def rule(images, numbers=None):
+        return image_distances(teacher, images, layers)
+
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / f"{i}.jpg" for i in range(count)]
-        for i, file in enumerate(files):
-            Image.effect_mandelbrot((640, 480), (-2, -1, 1, 1 + i / count), 50).save(file)
-        pool = Pool(files, size)
-        views = torch.stack([image for image, _ in pool])
+        pool = Pool(photographs(folder, count), size)
+        views = torch.stack([pool.view(i) for i in range(count)])
         seconds = measure({
             "decode": lambda: [pool[i] for i in range(count)],
-            "score": lambda: [image_distances(teacher, as_input(part, device), layers).cpu()
-                              for part in views.split(BATCH)],
-            "scan": lambda: score(teacher, layers, files, size, distill.Config())},
-            cfg.repeats, device)
+            "score": lambda: [rule(as_input(part, device)).cpu() for part in views.split(BATCH)],
+            "scan": lambda: scan(rule, pool, device)}, cfg.repeats, device)
     return [row(f"scan {count} JPEGs of 480x640", 1.1, seconds, "scan", ["decode", "score"])]
 
 
@@ -149,12 +184,10 @@ def benchmark(cfg, device):
         seconds = measure({"sample": lambda: sample(distances, 400)}, cfg.repeats, device)
         rows.append(row(f"choose 400 of {len(distances):,}", 1,
                         seconds | {"1 s": [1] * cfg.repeats}, "sample", ["1 s"]))
-        rows += scan(4 if cfg.quick else 64, small, cfg, device)
-    rows += training(batch, small, cfg, device)
-    rows += scoring("resnet_small", batch, small, {"all": 1.3}, cfg, device)
-    upto2 = "net.backbone.bn1,net.backbone.layer1,net.backbone.layer2"
-    return rows + scoring("deeplabv3_resnet50", 2, wide, {
-        "all": 1.15, f"{upto2},net.backbone.layer3": 0.35, upto2: 0.15}, cfg, device)
+        rows += scan_of(4 if cfg.quick else 64, small, cfg, device)
+    rows += training(2 if cfg.quick else 32, batch, small, cfg, device)
+    rows += scoring("resnet_small", batch, small, 1.3, cfg, device)
+    return rows + scoring("deeplabv3_resnet50", 2, wide, 1.15, cfg, device)
 
 
 def table(record):
@@ -167,8 +200,6 @@ def table(record):
 def main(argv=None):
     """Measure on the CPU and on a GPU if there is one; write a record each and return them."""
     cfg, records = parse(Config, argv, "Measure how close each step is to its floor."), []
-    if cfg.repeats < 2:
-        raise ValueError(f"--repeats {cfg.repeats} gives no quartiles; expected 2 or more")
     for device in map(torch.device, ["cpu", "cuda"][:1 + torch.cuda.is_available()]):
         records.append({"environment": environment(device), "repeats": cfg.repeats,
                         "rows": benchmark(cfg, device)})

@@ -9,9 +9,9 @@ Symbols
     N chosen files, V views of each, B images, K classes, H W pixels, h w of the student's logits.
 
 Use it
-    question = partial(ask, teacher, like=logits_size(student, (H, W)))
-    answers = question(images)                                   # (B, 3, H, W) -> (B, K, h, w)
-    kept = Kept(question, views, V, device); images, answers = kept[[(slot, view), ...]]
+    ask = partial(answers_of, teacher, like=logits_size(student, (H, W)))
+    answers = ask(images)                                        # (B, 3, H, W) -> (B, K, h, w)
+    kept = Kept(ask, views, V, device); images, answers = kept[[(slot, view), ...]]
 """
 
 import os
@@ -40,7 +40,7 @@ def logits_size(network, size):
 
 
 @torch.no_grad()
-def ask(teacher, images, like, precision=None):
+def answers_of(teacher, images, like, precision=None):
     """Return the teacher's logits at `like` = (h, w), float32: (B, 3, H, W) -> (B, K, h, w).
 
     precision: context in which it computes. Raises ValueError for a single class.
@@ -108,3 +108,9 @@ class Kept:
         images = (torch.stack([self.views[key] for key in keys]) if self.images is None
                   else self.images[index])
         return images, self.answers[index]
+
+
+def keep(ask, views, cfg, device, out=None):
+    """Return the answers to cfg.views of each file, no more than will be seen; None for 0."""
+    count = min(cfg.views, -(-cfg.steps * cfg.batch_size // len(views.files)))
+    return Kept(ask, views, count, device, cfg.batch_size, cfg.workers, out) if count else None

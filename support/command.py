@@ -18,6 +18,7 @@ from support import checkpoint, plots, records
 from support.data import Pool, find_images, hold_out, leave_out
 from support.labelled import DATASETS, check_labels, open_labelled
 from support.options import pick_device
+from support.scoring import verdict
 from train_teacher import builtin_teacher
 
 
@@ -73,25 +74,28 @@ def opened(cfg, out):
     return cfg, teacher, files, held_out, seconds
 
 
-def tell_choice(found, layers, cfg):
-    """Print what the paragraphs 1 to 4 of the method found."""
+def tell_choice(found, cfg, out=None):
+    """Print what the paragraphs 1 to 4 of the method found; with `out`, write it there, too."""
     distances, weights = found["distances"], found["weights"]
     n = [effective_sample_size(progressive_weights(weights, p, cfg.schedule)) for p in (0, 1)]
     skipped = len(found["skipped"])
-    print(f"1 teacher   {len(layers)} BatchNorm layers read\n"
-          f"2 scored    {len(found['pool']) - skipped} images"
+    print(f"1 teacher   {len(found['layers'])} BatchNorm layers read\n"
+          f"2 scored    {len(found['scores']) - skipped} images"
           + (f"; {skipped} unreadable ones are named in skipped.csv" if skipped else "")
           + f"\n3 chosen    {len(weights)} ({cfg.sampling}), distance {distances[0]:.4g} to "
           f"{distances[-1]:.4g}, median of the pool {found['scores'].nanmedian():.4g}\n"
           f"4 weighted  {cfg.schedule}; as many as {n[0]:.0f} equally weighted images at the "
           f"start, {n[1]:.0f} at the end")
+    if out:
+        records.write_choice(out, found)
 
 
-def shown(found, size, out):
-    """Draw what a dry run found; return its metrics."""
-    plots.pool_check(found, size, out / "pool.png")
+def shown(found, teacher, out):
+    """Say and draw whether the pool of a dry run fits the teacher; return its metrics."""
+    print(verdict(teacher, found))
+    plots.pool_check(found, teacher.image_size, out / "pool.png")
     print(f"dry run: nothing was trained; see {out / 'pool.png'}")
-    return {"pool_images": len(found["pool"]) - len(found["skipped"]), "out": str(out)}
+    return {"pool_images": len(found["scores"]) - len(found["skipped"]), "out": str(out)}
 
 
 def reported(cfg, out, teacher, student, found, held_out, seconds):

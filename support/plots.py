@@ -70,7 +70,8 @@ def pool_rows(figures, chosen, size, columns=10):
     order = order[:int(d.isfinite().sum())].tolist()
     for figure, indices, name in ((figures[0], order[:columns], "Nearest in the pool"),
                                   (figures[1], order[-columns:], "Farthest in the pool")):
-        pictures = [np.asarray(view(load_image(chosen["pool"][i], size), size)) for i in indices]
+        paths = [chosen["pool"].files[i] for i in indices]
+        pictures = [np.asarray(view(load_image(path, size), size)) for path in paths]
         strip(figure, pictures + [None] * (columns - len(pictures)), name,
               [f"{d[i]:.3g}" for i in indices])
 

@@ -204,7 +204,7 @@ def metrics(cfg, results, teacher, found, seconds):
         "agreement_miou": miou["agreement"],
         "agreement_pixels": results["agreement"]["pixel_accuracy"],
         "iou": {name: named_iou(result, teacher.class_names) for name, result in results.items()},
-        "pool_images": len(found["pool"]) - len(found["skipped"]),
+        "pool_images": len(found["scores"]) - len(found["skipped"]),
         "skipped_images": len(found["skipped"]), "selected_images": count,
         "seen_images": min(cfg.steps * cfg.batch_size, count), "updates": cfg.steps,
         "seconds": sum(seconds.values()), "stage_seconds": seconds,

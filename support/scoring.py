@@ -32,8 +32,8 @@ BATCH = 16                      # fixed: convolutions round a little differently
 STORE = Path("runs/scores")     # where finished scores are kept for later runs
 
 
-def score_key(teacher, layers, pool, *settings):
-    """Return a name for the scores of this teacher, pool and settings, a hash.
+def score_key(teacher, layers, pool, cfg):
+    """Return a name for the scores of this teacher, this pool and the options that matter, a hash.
 
     A photograph counts as the same if path, size in bytes and time of change are. Whoever changes
     the code, a distance say, gets new scores, not those kept before.
@@ -46,6 +46,7 @@ def score_key(teacher, layers, pool, *settings):
             return str(path), 0, 0
 
     root = Path(__file__).parents[1]
+    settings = (cfg.sampling, cfg.metric, cfg.align, cfg.sampling == "random" and cfg.seed)
     content = (fingerprint(teacher), repr(teacher), list(layers), settings, pool.size,
                torch.__version__, PIL.__version__, next(teacher.parameters()).device.type,
                [stamp(path) for path in pool.files],
@@ -61,12 +62,12 @@ def read_scores(path):
     return torch.from_numpy(np.fromfile(path, dtype=np.float32))
 
 
-def scan(rule, pool, device, workers=0, key=None, out=None):
+def scan(rule, pool, device, workers=0, out=None, key=None):
     """Return the score of every photograph, NaN where it cannot be read: (N,) float32.
 
-    rule: maps (images (B, 3, H, W) in [0, 1], their numbers in the pool (B,)) to scores (B,). key:
-    name under which finished scores are kept, and read if they are there. out: folder of the run;
-    batches are appended to a file in it, from which an interrupted scan goes on.
+    rule: maps (images (B, 3, H, W) in [0, 1], their numbers in the pool (B,)) to scores (B,). out:
+    folder of the run; batches are appended to a file in it, from which an interrupted scan goes on.
+    key: name under which finished scores are kept for other runs, and read if they are there.
     """
     store = key and STORE / f"{key}.f32"
     part = out and key and Path(out) / f"{key}.part"  # goes on only with this pool and this teacher
@@ -135,15 +136,16 @@ def mean_shift(teacher, layers, pool, indices):
     return torch.cat(squares).mean().sqrt().item()
 
 
-def verdict(teacher, layers, pool, scores, chosen, most=200):
+def verdict(teacher, found, most=200):
     """Return a sentence: does this pool fit this teacher? It looks at `most` of chosen and pool.
 
     A rule of thumb from one teacher (results/pool_check.csv): CamVid's own training images lie at
     0.2, the chosen of a mixed pool at 0.3, of landscapes only at 0.5, any photographs at 1.1.
     """
-    usable = scores.isfinite().nonzero().flatten()
-    near, whole = (mean_shift(teacher, layers, pool, some[::-(-len(some) // most)].tolist())
-                   for some in (chosen, usable))
+    usable = found["scores"].isfinite().nonzero().flatten()
+    near, whole = (mean_shift(teacher, found["layers"], found["pool"],
+                              some[::-(-len(some) // most)].tolist())
+                   for some in (found["chosen"], usable))
     fits = "fits well" if near < 0.4 else "fits in part" if near < 0.7 else "hardly fits"
     return (f"This pool {fits}: the chosen images lie {near:.2f} standard deviations from the "
             f"teacher's channel means,\n            the whole pool {whole:.2f}; training images "
