@@ -31,12 +31,12 @@ from kd_loss import channelwise_kd, pixelwise_kd
 from models import MODELS, build_model, freeze, wrap
 from priority import SCHEDULES, progressive_weights, sample_weights, weighted_loss
 from support import checkpoint, command, records
-from support.answers import answers_of, keep, logits_size
+from support.answers import answers_of, keep
 from support.colours import private_colours
 from support.data import Batches, Pool, Views, find_images
 from support.labelled import DATASETS, Labels, labels
 from support.options import Running, one_sentence, option, parse_losses, pick_amp
-from support.scoring import scan, score_key, unusable
+from support.scoring import look_over, scan, score_key, unusable
 from support.training import Training
 
 
@@ -68,6 +68,7 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
 
     # 1. Read what the teacher remembers of its training data.
     layers = select_layers(bn_layers(teacher), cfg.layers)
+    like = look_over(teacher, student, layers, pool, cfg)          # (h, w) of the student's logits
 
     # 2. Score the pool: how far is each photograph from that? (ads_sampler.score_pool on disk)
     rule = rule_of_choice(teacher, layers, cfg, len(pool))
@@ -90,7 +91,7 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     weights, began = weights.to(device), perf_counter()
     run = Training(student, cfg.steps, cfg.lr, cfg.seed, pick_amp(cfg.amp, device),
                    out and out / "state.pt")
-    ask = partial(answers_of, teacher, like=logits_size(student, size), precision=run.precision())
+    ask = partial(answers_of, teacher, like=like, precision=run.precision())
     views = Views(found["files"], size, cfg.seed, prepare=prepare)
     kept = keep(ask, views, cfg, device, out)
     batches = Batches(views, cfg.batch_size, kept)

@@ -14,6 +14,7 @@ Run it
     python export.py --checkpoint runs/001/student.pt --teacher runs/teacher/teacher.pt
 """
 
+import io
 import statistics
 import time
 from dataclasses import dataclass
@@ -62,8 +63,10 @@ def export(model, path, size):
                                   dynamic_shapes=({0: auto, 2: auto, 3: auto},))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)              # names folders of this machine
-    with atomic(path) as temporary, open(temporary, "wb") as file:
-        torch.export.save(program, file)
+    buffer = io.BytesIO()                 # on a full disk torch would end the process, not raise
+    torch.export.save(program, buffer)
+    with atomic(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
     loaded = torch.export.load(path).module()
     for shape in ((1, 3, *size), (3, 3, size[0] + 33, size[1] + 18)):
         images = torch.rand(shape)

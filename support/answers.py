@@ -9,7 +9,7 @@ Symbols
     N chosen files, V views of each, B images, K classes, H W pixels, h w of the student's logits.
 
 Use it
-    ask = partial(answers_of, teacher, like=logits_size(student, (H, W)))
+    ask = partial(answers_of, teacher, like=(24, 32))
     answers = ask(images)                                        # (B, 3, H, W) -> (B, K, h, w)
     kept = Kept(ask, views, V, device); images, answers = kept[[(slot, view), ...]]
 """
@@ -31,25 +31,13 @@ MEMORY = 4 * 2 ** 30      # bytes of views and answers that are kept in memory
 
 
 @torch.no_grad()
-def logits_size(network, size):
-    """Return (h, w) of a network's logits for images of `size` = (H, W)."""
-    training, device = network.training, next(network.parameters()).device
-    shape = network.eval()(torch.zeros(1, 3, *size, device=device)).shape[-2:]
-    network.train(training)
-    return tuple(shape)
-
-
-@torch.no_grad()
 def answers_of(teacher, images, like, precision=None):
     """Return the teacher's logits at `like` = (h, w), float32: (B, 3, H, W) -> (B, K, h, w).
 
-    precision: context in which it computes. Raises ValueError for a single class.
+    precision: context in which it computes.
     """
     with precision or nullcontext():
         logits = teacher(images).float()
-    if logits.shape[1] < 2:
-        raise ValueError("the teacher has one output channel, of which a softmax is constant; "
-                         "expected one for each of two or more classes, background included")
     if logits.shape[-2:] == torch.Size(like):
         return logits
     return F.interpolate(logits, like, mode="bilinear", antialias=True)

@@ -29,7 +29,7 @@ def atomic(path):
     """Yield a temporary path beside `path`; rename it if the body succeeds, else delete it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{os.getpid()}.{hash(path.name):x}")     # short, whatever the name
     try:
         yield temporary
         os.replace(temporary, path)

@@ -52,11 +52,16 @@ def opened(cfg, out):
     if not cfg.pool:
         raise ValueError("--pool is missing; name a folder of unlabelled photographs")
     seconds = {"scenes and teacher": perf_counter() - began} if cfg.dataset == "scenes" else {}
+    if Path(cfg.pool).resolve() in Path(out).resolve().parents and cfg.dataset != "scenes":
+        raise ValueError(f"--out {out} lies in the pool, which would learn from its own figures; "
+                         "name a folder elsewhere")
     teacher, files = load_teacher(cfg), find_images(cfg.pool)
     size = teacher.image_size
     if cfg.dataset == "none":
         files, others = hold_out(files)
         held_out = [(x, None) for _, x, readable in DataLoader(Pool(others, size)) if readable]
+        print(f"held out: {len(others)} of {len(others) + len(files)} photographs, to measure the "
+              "agreement of student and teacher on")
         if not held_out:
             raise ValueError(f"no image held out for agreement is readable: {others[0]}, for one")
     else:

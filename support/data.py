@@ -20,6 +20,7 @@ import hashlib
 import os
 import signal
 import warnings
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
+MORE_SUFFIXES = {".jfif", ".avif", ".heic", ".heif", ".jp2"}     # read where this Pillow can
 
 
 # ---------------------------------------------------------------- files and single images
@@ -38,24 +40,43 @@ def find_images(folder):
 
     Instead of a folder: a CSV whose first column is `file`, such as a run's chosen.csv; its files
     are returned in its order. Raises FileNotFoundError if there is no such folder or no image in
-    it, or if a listed file is missing; ValueError if the CSV has no such column.
+    it, or if a listed file is missing; ValueError if the CSV has no such column. Warns of folders
+    that may not be listed and of kinds of images that cannot be read here.
     """
     if str(folder).lower().endswith(".csv") and Path(folder).is_file():
         return listed_images(folder)
     if not folder or not Path(folder).is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; expected a folder of images")
-    found = sorted(Path(root) / name for root, _, names in os.walk(folder) for name in names
-                   if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."))
+    read = IMAGE_SUFFIXES | MORE_SUFFIXES & set(Image.registered_extensions())
+    closed, found, unread = [], [], Counter()
+    for root, _, names in os.walk(folder, onerror=closed.append):
+        for name in names:
+            suffix = Path(name).suffix.lower()
+            if suffix in read and not name.startswith("."):
+                found.append(Path(root) / name)
+            unread[suffix] += suffix in MORE_SUFFIXES - read
     if not found:
         raise FileNotFoundError(f"no image below {folder}; expected files that end in "
-                                f"{', '.join(sorted(IMAGE_SUFFIXES))}")
-    return found
+                                f"{', '.join(sorted(read))}")
+    if closed:
+        warnings.warn(f"{len(closed)} folders may not be listed and were left out, the first is "
+                      f"{closed[0].filename}", stacklevel=2)
+    if unread.total():
+        kinds = ", ".join(f"{n} {suffix}" for suffix, n in unread.items() if n)
+        warnings.warn(f"images left out because this Pillow cannot read their kind: {kinds}; "
+                      "convert them to JPEG, say", stacklevel=2)
+    return sorted(found)
 
 
 def listed_images(path):
     """Return the files that the first column, `file`, of a CSV lists; see `find_images`."""
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        rows = [row for row in csv.reader(file) if row]
+    try:
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            semicolon = file.readline().startswith("file;")      # as Excel writes it in Europe
+            file.seek(0)
+            rows = [row for row in csv.reader(file, delimiter=";" if semicolon else ",") if row]
+    except csv.Error as error:
+        raise ValueError(f"{path} is no table of files: {error}") from error
     if len(rows) < 2 or rows[0][0] != "file":
         raise ValueError(f"{path} lists no images; expected a CSV whose first column is headed "
                          "'file', such as a run's chosen.csv")
@@ -66,10 +87,25 @@ def listed_images(path):
     return [Path(name) for name, *_ in rows[1:]]
 
 
-def load_image(path, at_least=None):
-    """Return a file as an upright RGB picture; ValueError names the path if it cannot be read.
+def eight_bits(image):
+    """Return a greyscale picture of 12, 16 or 32 bits or of floats as one of 8 bits.
 
-    at_least: (H, W) that will do; a large JPEG is then decoded at a fraction of its size.
+    Its largest value tells what white is: 1.0 (floats), 255, 4095 or 65535. ValueError otherwise.
+    """
+    x = np.asarray(image, dtype=np.float64)
+    scales = [1.0] * (image.mode == "F") + [255, 4095, 65535]
+    white = next((scale for scale in scales if x.min() >= 0 and x.max() <= scale), None)
+    if white is None:
+        raise ValueError(f"values run from {x.min():g} to {x.max():g}; expected 8, 12 or 16 bits, "
+                         "or 0 to 1")
+    return Image.fromarray((x * (255 / white) + 0.5).astype(np.uint8))
+
+
+def load_image(path, at_least=None, upright=True):
+    """Return a file as an RGB picture; ValueError names the path if it cannot be read.
+
+    at_least: (H, W) that will do; a large JPEG is then decoded at a fraction of its size. upright:
+    turned as its camera was held; False where a label goes with the pixels as they are stored.
     """
     try:
         if os.path.exists(path) and not os.path.isfile(path):
@@ -80,10 +116,10 @@ def load_image(path, at_least=None):
                 # Twice the target keeps the later reduction antialiased. Orientation is not
                 # applied yet, so ask for the longer side both ways.
                 image.draft("RGB", (2 * max(at_least), 2 * max(at_least)))
-            ImageOps.exif_transpose(image, in_place=True)           # a copy of a large one is dear
-            if image.mode.startswith("I;16"):       # convert("RGB") would clip 16 bits to white
-                image = Image.fromarray((np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8))
-            return image.convert("RGB")
+            if upright:
+                ImageOps.exif_transpose(image, in_place=True)       # a copy of a large one is dear
+            # convert("RGB") would clip what is beyond 8 bits to white.
+            return (eight_bits(image) if image.mode[0] in "IF" else image).convert("RGB")
     except Exception as error:                      # decoders raise nearly anything on bad input
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
 
@@ -216,7 +252,7 @@ class Views(Dataset):
         if slot in self.sources:
             return self.sources[slot]
         need = [round(side * self.max_scale) for side in self.size]
-        image = load_image(self.files[slot], need)
+        image = load_image(self.files[slot], need, upright=not self.labelled)
         mask = self.labelled.mask(slot) if self.labelled else None
         scale = max(need[0] / image.height, need[1] / image.width)
         if scale < 1:

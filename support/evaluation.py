@@ -5,6 +5,7 @@ Use it
     write_masks(student, "photos", "masks", (96, 128))            # returns how many
 """
 
+import os
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from evaluate import as_input, evaluate, named_iou, predict, report
+from support import plots
 from support.checkpoint import atomic, load_model, save_json
 from support.data import find_images, load_image, to_tensor, whole_view
 from support.labelled import (
@@ -25,7 +27,6 @@ from support.labelled import (
     class_colours,
     compare_names,
     open_labelled,
-    overlay,
 )
 from support.options import Options, option, parse, pick_device
 from support.progress import progress
@@ -52,10 +53,21 @@ class Config(Options):
 
 
 def mask_names(files):
-    """Return a PNG name for each path: its own with .png, or, where two would clash, with both."""
-    taken = Counter(path.with_suffix(".png") for path in files)
-    return [path.with_suffix(".png") if taken[path.with_suffix(".png")] == 1
-            else path.with_name(f"{path.name}.png") for path in files]
+    """Return a PNG name for each path: its own with .png, or, where two would clash, with both.
+
+    Names stay some bytes below the 255 that a file system takes.
+    """
+    def short(path, name):
+        return path.with_name(os.fsdecode(os.fsencode(name)[:230]) + ".png")
+
+    wanted = Counter(path.with_suffix("") for path in files)
+    names = {}
+    for path in files:
+        name = short(path, path.stem if wanted[path.with_suffix("")] == 1 else path.name)
+        while name in names:
+            name = name.with_name(f"{name.stem[:200]}+.png")
+        names[name] = path
+    return list(names)
 
 
 def write_masks(model, folder, out, size, device, overlay=False):
@@ -63,7 +75,7 @@ def write_masks(model, folder, out, size, device, overlay=False):
 
     Masks keep the image's size and relative path, with .png for a suffix; unreadable files, and
     stripes over 100 times as long as wide, are named and skipped. overlay: beside each mask a JPEG
-    of it and the image, half and half.
+    of it and the image, half and half, and a legend.png.
     """
     palette = np.array(class_colours(model.class_names), dtype=np.uint8).flatten().tolist()
     if not Path(folder).is_dir():
@@ -92,6 +104,8 @@ def write_masks(model, folder, out, size, device, overlay=False):
             with atomic(target.with_suffix(".overlay.jpg")) as temporary:
                 Image.blend(image, png.convert("RGB"), 0.5).save(temporary, format="JPEG")
         written += 1
+    if overlay:
+        plots.legend_alone(model.class_names, Path(out) / "legend.png")
     return written
 
 
@@ -105,8 +119,7 @@ def check_data(cfg):
           + ", ".join(f"{n} of {h}x{w}" for (h, w), n in sizes.most_common(5)))
     for name, share in zip([*data.class_names, "void"], pixels / pixels.sum(), strict=True):
         print(f"{name:20s}{100 * share:8.2f} % of the pixels")
-    with atomic(cfg.out or "check.png") as temporary:
-        overlay(data).save(temporary, format="PNG")
+    plots.overlays(data, cfg.out or "check.png")
     print(f"some labels over their images: {cfg.out or 'check.png'}")
     return {"images": len(data), "pixels": pixels.tolist()}
 

@@ -26,7 +26,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from support import scenes
-from support.data import find_images, load_image, to_tensor, view, whole_view
+from support.data import find_images, load_image, to_tensor, whole_view
 from support.options import Options, option
 from support.progress import progress
 
@@ -39,6 +39,10 @@ VOC = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "c
 CITYSCAPES = tuple(c.name for c in torchvision.datasets.Cityscapes.classes
                    if c.train_id not in (-1, 255))
 VOID = "void"                                            # the name of a value that is ignored
+WHITE = (255, 255, 255)                                  # its colour: no class has it
+CAMVID_COLOURS = ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222),
+                  (128, 128, 0), (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0),
+                  (0, 128, 192))
 # For each data set its class names (None: see list_folder) and the size it is used at.
 DATASETS = {"scenes": (scenes.CLASSES, (64, 96)), "camvid": (CAMVID, (360, 480)),
             "voc": (VOC, (512, 512)), "cityscapes": (CITYSCAPES, (512, 1024)),
@@ -75,7 +79,7 @@ class Labelled(Dataset):
         return len(self.images)
 
     def __getitem__(self, index):
-        image, mask = load_image(self.images[index]), self.mask(index)
+        image, mask = load_image(self.images[index], upright=False), self.mask(index)
         if image.size != mask.size:
             raise ValueError(f"{self.labels[index]} is {mask.width}x{mask.height} but its image is "
                              f"{image.width}x{image.height}; they must have the same size")
@@ -147,10 +151,13 @@ def open_labelled(dataset, root, split, size, num_classes=None, download=False):
 def paired(images, labels):
     """Return the files of two folders, paired by relative path without suffix.
 
-    Raises ValueError that names an image without a label.
+    Raises ValueError that names an image without a label, or two labels of one name.
     """
-    files = find_images(images)
-    by_name = {path.relative_to(labels).with_suffix(""): path for path in find_images(labels)}
+    files, by_name = find_images(images), {}
+    for path in find_images(labels):
+        other = by_name.setdefault(path.relative_to(labels).with_suffix(""), path)
+        if other != path:
+            raise ValueError(f"{other} and {path} are labels of one image; remove one of them")
     names = [path.relative_to(images).with_suffix("") for path in files]
     alone = [path for path, name in zip(files, names, strict=True) if name not in by_name]
     if alone:
@@ -165,9 +172,13 @@ def list_folder(root, part, download):
     A value named "void" or not at all is ignored, and values of one name are one class.
     """
     known = root / "classes.txt"
-    lines = known.read_text().rstrip().splitlines() if known.is_file() else []
+    lines = known.read_text("utf-8-sig").rstrip().splitlines() if known.is_file() else []
+    names = [VOID if line.strip().lower() in ("", VOID) else line.strip() for line in lines]
+    if len(names) > 255:
+        raise ValueError(f"{known} has {len(names)} lines; expected one for each label value, at "
+                         "most 255")
     root = root / part if (root / part).is_dir() else root
-    return *paired(root / "images", root / "labels"), [line.strip() or VOID for line in lines]
+    return *paired(root / "images", root / "labels"), names
 
 
 def list_camvid(root, part, download):
@@ -219,9 +230,10 @@ LISTINGS = {"scenes": list_folder, "folder": list_folder, "camvid": list_camvid,
 
 
 def class_colours(class_names):
-    """Return an RGB colour for each class: scenes' or Cityscapes' own, else Pascal VOC's map."""
-    if tuple(class_names) == scenes.CLASSES:
-        return scenes.PALETTE
+    """Return an RGB colour for each class: the data set's own, else of Pascal VOC's map."""
+    own = {scenes.CLASSES: scenes.PALETTE, CAMVID: CAMVID_COLOURS}
+    if tuple(class_names) in own:
+        return own[tuple(class_names)]
     if tuple(class_names) == CITYSCAPES:
         return [c.color for c in torchvision.datasets.Cityscapes.classes if c.name in CITYSCAPES]
     # VOC spreads the bits of the class number over the high bits of red, green and blue.
@@ -253,14 +265,3 @@ def check_labels(data, names=None, most=2000):
         sizes[tuple(target.shape)] += 1
     return pixels, sizes
 
-
-def overlay(data, count=4):
-    """Return `count` images of a Labelled data set, spread over it, with their labels over them."""
-    colours = np.array([*class_colours(data.class_names), (0, 0, 0)], dtype=np.uint8)
-    tiles = []
-    for i in np.linspace(0, len(data) - 1, count).astype(int):
-        image, target = data[i]
-        image = Image.fromarray(image.permute(1, 2, 0).numpy())
-        mask = Image.fromarray(colours[target.clamp(max=len(colours) - 1)]).resize(image.size, 0)
-        tiles.append(view(Image.blend(image, mask, 0.5), data.size))
-    return Image.fromarray(np.hstack([np.asarray(tile) for tile in tiles]))

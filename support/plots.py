@@ -10,12 +10,14 @@ import re
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image
 
 from evaluate import as_input, predict
 from priority import progressive_weights
 from support.checkpoint import atomic
 from support.data import load_image, view
-from support.labelled import class_colours
+from support.labelled import WHITE, class_colours
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#a0aec0"
 
@@ -36,6 +38,43 @@ def strip(figure, pictures, title, titles=()):
             ax.imshow(picture)
         if i < len(titles):
             ax.set_title(titles[i], fontsize=8, pad=2)
+
+
+def painter(class_names):
+    """Return a function from targets (H, W) to a picture (H, W, 3); void, all beyond K, is white.
+    """
+    colours = np.array([*class_colours(class_names), WHITE], dtype=np.uint8)
+    return lambda target: colours[target.clamp(max=len(class_names)).cpu().numpy()]
+
+
+def legend(figure, class_names):
+    """Name the colour of each class below a figure."""
+    colours = [*class_colours(class_names), WHITE]
+    patches = [Patch(facecolor=np.array(c) / 255, edgecolor=GREY, label=name)
+               for c, name in zip(colours, [*class_names, "void"], strict=True)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 11),
+                  fontsize=8, frameon=False)
+
+
+def legend_alone(class_names, path):
+    """Write a picture of the legend."""
+    figure = Figure(figsize=(9, 0.8), layout="constrained")
+    legend(figure, class_names)
+    write(figure, path)
+
+
+def overlays(data, path, count=4):
+    """Write a picture of `count` images of a Labelled data set with their labels over them."""
+    paint, tiles = painter(data.class_names), []
+    for i in np.unique(np.linspace(0, len(data) - 1, count).astype(int)):
+        image, target = data[i]                                          # (3, h, w), (H, W)
+        image = Image.fromarray(image.permute(1, 2, 0).numpy())
+        mask = Image.fromarray(paint(target)).resize(image.size, Image.NEAREST)
+        tiles.append(np.asarray(view(Image.blend(image, mask, 0.5), data.size)))
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    strip(figure, tiles, "labels over their images")
+    legend(figure, data.class_names)
+    write(figure, path)
 
 
 def histogram(ax, scores, chosen):
@@ -88,7 +127,8 @@ def pool_check(chosen, size, path):
 def examples(data, count=5):
     """Return `count` of (images (1, 3, h, w), targets or None), spread over a loader or a list."""
     items = getattr(data, "dataset", data)
-    picked = [items[i] for i in np.linspace(0, len(items) - 1, count + 2).astype(int)[1:-1]]
+    places = np.unique(np.linspace(0, len(items) - 1, count + 2).astype(int)[1:-1])
+    picked = [items[i] for i in places]
     return [(x, y) if x.dim() == 4 else (x[None], y[None]) for x, y in picked]
 
 
@@ -97,21 +137,21 @@ def story(chosen, size, schedule, teacher, student, data, path):
 
     data: labelled loader, or a list of (images, None). Masks are drawn in the data set's colours.
     """
-    colours = np.array([*class_colours(teacher.class_names), (0, 0, 0)], dtype=np.uint8)
-    device = next(student.parameters()).device
+    paint, device = painter(teacher.class_names), next(student.parameters()).device
     rows = {"input": [], "truth": [], "teacher": [], "student": []}
     for image, target in examples(data):
         image = as_input(image, device)
         rows["input"].append(image[0].permute(1, 2, 0).cpu().numpy())
         shape = image.shape[-2:] if target is None else target.shape[-2:]
         if target is not None:
-            rows["truth"].append(colours[target[0].clamp(max=len(colours) - 1).numpy()])
+            rows["truth"].append(paint(target[0]))
         for name, model in (("teacher", teacher), ("student", student)):
             with torch.inference_mode():
-                rows[name].append(colours[predict(model, image, shape)[0].cpu().numpy()])
+                rows[name].append(paint(predict(model, image, shape)[0]))
     rows = {name: pictures for name, pictures in rows.items() if pictures}
 
-    figure = Figure(figsize=(11, 6 + 1.45 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(11, 6.3 + 1.45 * len(rows)), layout="constrained")
+    legend(figure, teacher.class_names)
     parts = figure.subfigures(3 + len(rows), 1, height_ratios=[2.6, 1, 1] + [1.35] * len(rows))
     left, right = parts[0].subplots(1, 2, width_ratios=(3, 2))
     histogram(left, chosen["scores"], chosen["chosen"])

@@ -32,6 +32,37 @@ BATCH = 16                      # fixed: convolutions round a little differently
 STORE = Path("runs/scores")     # where finished scores are kept for later runs
 
 
+@torch.no_grad()
+def look_over(teacher, student, layers, pool, cfg):
+    """Return (h, w) of the student's logits; ValueError for what would only show after the scan.
+
+    That is a budget larger than the pool, networks of different classes or of one, and a teacher
+    that is not finite or was never trained.
+    """
+    if cfg.budget > len(pool):
+        raise ValueError(f"the budget is {cfg.budget}, but the pool has {len(pool)} files; use "
+                         "--budget 0 for all of them")
+    tensors = [*teacher.parameters(), *teacher.buffers()]
+    if not all(x.isfinite().all() for x in tensors) or any((m.running_var < 0).any()
+                                                           for m in layers.values()):
+        raise ValueError("the teacher's weights or statistics are infinite, NaN or negative; take "
+                         "another teacher")
+    images = torch.rand(2, 3, *pool.size, generator=torch.Generator().manual_seed(0))
+    answers = teacher(images.to(tensors[0].device))                               # (2, K, h, w)
+    if torch.equal(answers[0], answers[1]) or all(
+            (m.running_mean == 0).all() and (m.running_var == 1).all() for m in layers.values()):
+        raise ValueError("the teacher looks untrained: were its weights loaded? Its BatchNorm "
+                         "statistics are still 0 and 1, or its output is the same for any image")
+    training = student.training
+    logits = student.eval()(images.to(next(student.parameters()).device))         # (2, K, h, w)
+    student.train(training)
+    if logits.shape[1] != answers.shape[1] or answers.shape[1] < 2:
+        raise ValueError(f"the teacher has {answers.shape[1]} output channels and the student "
+                         f"{logits.shape[1]}; expected one for each of two or more classes in "
+                         "both, background included")
+    return tuple(logits.shape[-2:])
+
+
 def score_key(teacher, layers, pool, cfg):
     """Return a name for the scores of this teacher, this pool and the options that matter, a hash.
 
