@@ -59,8 +59,6 @@ PRESETS = {
                 ("best recipe", RECIPE),
                 ("best recipe from 100 files", f"{RECIPE} --budget 100"),
                 ("DeepInversion, 100 images", f"--pool runs/inverted --budget 0 {UNIFORM}"))},
-    "pair": {"random": RANDOM,
-             "nearest, progressive weights (DFSS)": ""},
     "scenes": {"random": RANDOM,
                "nearest, progressive weights (DFSS)": "",
                "the same by kl distance": "--metric kl"},
@@ -70,8 +68,7 @@ PRESETS = {
                 "kl, all layers": f"--metric kl {UNIFORM}",
                 "l2, early layers": f"--layers early {UNIFORM}",
                 "l2, late layers": f"--layers late {UNIFORM}"},
-    # The pools are written by experiments.shuffle_tiles from one and the same choice, and below by
-    # experiments.generators.
+    # These pools are written by experiments.generators.
     "structure": {"whole scenes": f"--pool runs/whole --budget 0 {UNIFORM}",
                   "4x4 tiles, shuffled": f"--pool runs/tiles --budget 0 {UNIFORM}"},
     "others": {"nearest (ADS)": UNIFORM,
@@ -79,8 +76,6 @@ PRESETS = {
                    f"--pool runs/oracle/chosen.csv --budget 0 {UNIFORM}",
                "DeepInversion, 100 images": f"--pool runs/inverted --budget 0 {UNIFORM}",
                "noise": f"--pool runs/noise --budget 0 {UNIFORM}"},
-    "alignment": {"nearest (ADS)": UNIFORM,
-                  "transferred, then nearest": f"{UNIFORM} --align transfer-first"},
     "budget": {**{f"{name}, {budget} files": f"{words} --budget {budget}"
                   for budget in (50, 100, 200, 400, 800)
                   for name, words in (("random", RANDOM), ("nearest (ADS)", UNIFORM))},
@@ -129,13 +124,13 @@ def run_once(words, folder):
 
 
 def picks(folder, pool):
-    """Return ({kind: number chosen}, files); the kind is the file's folder, or as drawn."""
+    """Return {kind: number chosen}; the kind is the file's folder, or as drawn."""
     files = [Path(row[0]) for row in read_csv(folder / "chosen.csv")[1:]]
     kinds = Path(pool).parent / "pool_kinds.csv"
     if kinds.exists():
         kind = dict(read_csv(kinds))
-        return Counter(kind[file.name] for file in files), files
-    return Counter(file.parts[-2] for file in files), files
+        return Counter(kind[file.name] for file in files)
+    return Counter(file.parts[-2] for file in files)
 
 
 def collect(cfg):
@@ -164,22 +159,19 @@ def collect(cfg):
         folder = runs_folder / "".join(c if c.isalnum() else "-" for c in f"{name} s{seed}")
         metrics = run_once([*rows[name], "--seed", str(seed)], folder)
         print(f"{name:40s} seed {seed}   mIoU {100 * metrics['student_miou']:.1f} %", flush=True)
-        counts, files = picks(folder, metrics["config"]["pool"])
+        counts = picks(folder, metrics["config"]["pool"])
         return {"row": name, "seed": seed, "options": PRESETS[cfg.preset][name],
                 **{k: metrics[k] for k in ("student_miou", "teacher_miou", "agreement_miou", "iou",
                                            "pool_images", "selected_images", "updates", "seconds",
-                                           "environment")}, "picks": counts}, set(map(str, files))
+                                           "stage_seconds", "environment")}, "picks": counts}
 
-    runs, chosen, runs_folder = [], {}, Path(cfg.runs or f"runs/{Path(cfg.out).stem}")
+    runs, runs_folder = [], Path(cfg.runs or f"runs/{Path(cfg.out).stem}")
     # Folders differ from machine to machine; their last part says what they hold.
     said = " ".join(Path(word).name if "/" in word else word for word in common)
     with ThreadPoolExecutor(cfg.jobs) as pool:
-        for run, files in pool.map(work, jobs):
+        for run in pool.map(work, jobs):
             runs.append(run)
-            if run["seed"] == 0:
-                chosen[run["row"]] = files
-            overlap = {a: {b: len(chosen[a] & chosen[b]) for b in chosen} for a in chosen}
-            record = {"common": said, "runs": runs, "overlap": overlap}
+            record = {"common": said, "runs": runs}
             save_json(record, cfg.out)                      # what is done is not lost
     return record
 

@@ -1,14 +1,18 @@
-"""Folders of made-up images, DFAD, and an oracle that saw the real ones: `baselines.py` at work.
+"""Folders of images to compare with, DFAD, and an oracle: `baselines.py` at work.
 
 Idea
-    Writes what `distill.py` then takes for a pool: noise, or images of DeepInversion; or distils by
-    DFAD, which needs no pool. The oracle asks the opposite: how much does choosing by running
-    statistics lose against choosing by exact statistics of the real training images?
+    Writes what `distill.py` then takes for a pool: noise, images of DeepInversion, or the chosen
+    photographs cut into tiles and shuffled (the same pixels and texture; only the layout of the
+    scene is gone); or distils by DFAD, which needs no pool. The oracle asks the opposite: how much
+    does choosing by running statistics lose against choosing by exact statistics of the real
+    training images?
 
 Use it
     python -m experiments.generators --method noise --teacher T.pt --count 400 --out runs/noise
     python -m experiments.generators --method deepinversion --teacher T.pt --steps 200 \\
                                      --count 400 --out runs/inverted
+    python -m experiments.generators --method tiles --teacher T.pt --images runs/001/chosen.csv \\
+                                     --out runs/tiles
     python distill.py --teacher T.pt --pool runs/noise --budget 0 --schedule uniform
 
     python -m experiments.generators --method dfad --teacher T.pt --steps 1500 --out runs/dfad
@@ -36,7 +40,7 @@ from experiments.baselines import batch_statistics, deepinversion, dfad, new_gen
 from models import MODELS, freeze
 from support import records
 from support.checkpoint import load_model, save_json, save_model
-from support.data import Pool, find_images
+from support.data import Pool, find_images, load_image, to_tensor, view
 from support.options import Options, one_sentence, option, parse, pick_amp, pick_device
 from support.progress import progress
 
@@ -44,11 +48,12 @@ from support.progress import progress
 @dataclass(frozen=True)
 class Config(Options):
     method: str = option("noise", "where images come from",
-                         choices=("noise", "deepinversion", "dfad", "oracle"))
+                         choices=("noise", "deepinversion", "tiles", "dfad", "oracle"))
     teacher: str | None = option(None, "teacher.pt of train_teacher.py", kind="FILE", required=True)
     out: str | None = option(None, "new folder for what is made", kind="FOLDER", required=True)
-    images: str | None = option(None, "oracle: folder, or CSV, of the real training images",
-                                kind="PATH")
+    images: str | None = option(None, "oracle: folder, or CSV, of the real training images; tiles: "
+                                "chosen.csv of a run", kind="PATH")
+    grid: int = option(4, "tiles: how many a side; 1 leaves the images whole", least=1)
     count: int = option(100, "noise, deepinversion: number of images")
     steps: int = option(1500, "dfad: student updates; deepinversion: updates of each batch")
     lr: float = option(0.1, "dfad: the student's highest learning rate")
@@ -87,11 +92,21 @@ def measured(teacher, files, size):
     return model
 
 
+def shuffle_tiles(image, grid, generator):
+    """Return the image with its grid x grid tiles in random order: (3, H, W) -> (3, H, W)."""
+    C, H, W = image.shape
+    h, w = H // grid, W // grid
+    tiles = image[:, :h * grid, :w * grid].reshape(C, grid, h, grid, w)         # (C, gy, h, gx, w)
+    tiles = tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)                          # (gy*gx, C, h, w)
+    tiles = tiles[torch.randperm(grid * grid, generator=generator)]
+    return tiles.view(grid, grid, C, h, w).permute(2, 0, 3, 1, 4).reshape(C, h * grid, w * grid)
+
+
 def main(argv=None):
     """Make what `--method` names from the command line; return its record."""
     cfg, start = parse(Config, argv, __doc__.split("\n")[0]), time.perf_counter()
-    if cfg.method == "oracle" and not cfg.images:
-        raise ValueError("--method oracle needs --images, the real training images")
+    if cfg.method in ("oracle", "tiles") and not cfg.images:
+        raise ValueError(f"--method {cfg.method} needs --images; see --help")
     out, device = Path(cfg.out), pick_device(cfg.device)
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; choose another --out")
@@ -102,6 +117,12 @@ def main(argv=None):
     if cfg.method == "oracle":
         model = measured(teacher, find_images(cfg.images), size)
         save_model(model, out / "teacher.pt")
+    elif cfg.method == "tiles":
+        generator = torch.Generator().manual_seed(cfg.seed)
+        for i, path in enumerate(find_images(cfg.images)):
+            # Twice the working size, so that random crops of the result are not blurred.
+            image = to_tensor(view(load_image(path), (2 * size[0], 2 * size[1]))) / 255
+            save_image(shuffle_tiles(image, cfg.grid, generator), out / f"{i:04d}.png")
     elif cfg.method == "dfad":
         # The same student as distill.py's of this seed.
         student = distill.new_student(

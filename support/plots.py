@@ -52,7 +52,7 @@ def legend(figure, class_names):
     colours = [*class_colours(class_names), WHITE]
     patches = [Patch(facecolor=np.array(c) / 255, edgecolor=GREY, label=name)
                for c, name in zip(colours, [*class_names, "void"], strict=True)]
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 11),
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 12),
                   fontsize=8, frameon=False)
 
 
