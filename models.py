@@ -8,7 +8,7 @@ Idea
 
 Paper
     The networks of DFSS are not public. `deeplabv3_mobilenet_v2` follows the student that DFAD
-    (Fang et al., arXiv 1912.11006) used on CamVid; what differs is said at `MobileNetV2Features`.
+    (Fang et al., arXiv 1912.11006) used on CamVid, with torchvision's inverted residuals.
 
 Symbols
     B images, K classes, H W pixels of an image, h w of the logits.
@@ -46,11 +46,7 @@ def conv_bn(c_in, c_out, kernel=3, stride=1, act=True):
 
 
 class HalfSize(nn.Module):
-    """The mean of each 2x2 pixels, or of what an odd edge leaves of them: (B, C, H, W) ->
-    (B, C, H/2, W/2), rounded up.
-
-    This is nn.AvgPool2d(2, ceil_mode=True), which torch 2.11 exports for some image sizes only.
-    """
+    """nn.AvgPool2d(2, ceil_mode=True), which torch 2.11 exports for some image sizes only."""
 
     def forward(self, x):
         x = F.pad(x, (0, 1, 0, 1), mode="replicate")
@@ -104,8 +100,7 @@ class SmallResNet(nn.Module):
 class MobileNetV2Features(nn.Module):
     """MobileNetV2 up to its 320 channels at stride 16: (B, 3, H, W) -> (B, 320, H/16, W/16).
 
-    Like DFAD's student; torchvision's inverted residuals instead of its own, and, as usual for
-    DeepLab, the last stride becomes a dilation, of which the block that had it keeps the smaller.
+    As usual for DeepLab, the last stride becomes a dilation; the block that had it keeps none.
     """
 
     def __init__(self, weights):
@@ -197,13 +192,11 @@ def build_model(name, num_classes=None, weights=None, weights_backbone=None, **m
     if name not in MODELS:
         raise ValueError(f"model {name!r} is unknown; expected one of {', '.join(MODELS)}")
     if weights is not None:
-        if name not in TORCHVISION:
-            raise ValueError(f"there are no published segmentation weights for {name}; expected "
-                             f"one of {', '.join(TORCHVISION)}")
-        known = torchvision.models.get_model_weights(name)
-        if weights not in known.__members__:
-            raise ValueError(f"{name} has no published weights {weights!r}; expected one of "
-                             f"{', '.join(known.__members__)}")
+        known = dict(torchvision.models.get_model_weights(name).__members__
+                     if name in TORCHVISION else {})
+        if weights not in known:
+            raise ValueError(f"there are no published segmentation weights {weights!r} for {name}; "
+                             f"expected {', '.join(known) or ', '.join(TORCHVISION)}")
         published = known[weights]
         preset, categories = published.transforms(), published.meta["categories"]
         if num_classes not in (None, len(categories)):
@@ -231,8 +224,7 @@ def build_model(name, num_classes=None, weights=None, weights_backbone=None, **m
 def freeze(model):
     """Return `model` in eval mode, without gradients, and unable to leave that mode.
 
-    A frozen teacher inside some larger module that is put in train() would silently overwrite its
-    BatchNorm statistics, the one thing DFSS reads. Each submodule therefore ignores train().
+    Else a larger module put in train() would overwrite the BatchNorm statistics inside it.
     """
     model.eval().requires_grad_(False)
     for module in model.modules():

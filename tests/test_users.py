@@ -1,0 +1,270 @@
+"""What users ran into: each of these was a wrong result without a word, a hang or a traceback."""
+
+import csv
+import json
+import os
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from conftest import with_random_statistics
+from PIL import Image
+from torch import nn
+
+import distill
+from export import export
+from models import build_model, wrap
+from pictures import coordinates, folder, mask, write
+from support import checkpoint, evaluation, plots
+from support.data import Views, find_images, load_image
+from support.labelled import CAMVID, class_colours, open_labelled
+
+
+def small_run(pool, teacher=None, student=None, size=(32, 48), **options):
+    teacher = teacher or with_random_statistics(build_model("resnet_tiny", 3))
+    student = student or build_model("resnet_tiny", 3)
+    cfg = distill.Config(**{"budget": 4, "steps": 1, "batch_size": 2, "amp": "off", **options})
+    return distill.distill(teacher, student, pool, size, cfg)
+
+
+# ---------------------------------------------------------------- wrong, silently
+
+@pytest.mark.parametrize("turn", [3, 6])
+def test_an_image_that_belongs_to_a_label_is_read_as_its_pixels_are_stored(tmp_path, turn):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    labels = mask(*[[0] * 8 + [1] * 8] * 16)                       # square, left and right
+    write(tmp_path / "images" / "a.png", Image.fromarray(200 * labels).convert("RGB"), exif=exif)
+    write(tmp_path / "labels" / "a.png", labels)
+    data = open_labelled("folder", tmp_path, "val", (16, 16), 2)
+    image, target = data[0]
+    assert torch.equal(image[0] > 100, target == 1)
+    x, y = Views(data.images, (16, 16), 0, max_scale=1, jitter=0, labelled=data)[0, 0]
+    assert torch.equal(x[0] > 100, y == 1)
+    upright = np.asarray(load_image(data.images[0]))               # as a photograph is
+    assert not np.array_equal(upright[..., 0] > 100, labels == 1)
+
+
+def test_a_classes_file_from_windows_ignores_void_however_it_is_written(tmp_path):
+    folder(tmp_path, coordinates(4, 2), mask([0, 1, 2, 1], [0, 0, 2, 2]))
+    (tmp_path / "classes.txt").write_text("\ufeffVoid\r\nroad\r\nsky\r\n", encoding="utf-8")
+    data = open_labelled("folder", tmp_path, "val", (2, 4))
+    assert data.class_names == ["road", "sky"] and data[0][1].tolist()[0] == [255, 0, 1, 0]
+    (tmp_path / "classes.txt").write_text("\n".join(map(str, range(300))))
+    with pytest.raises(ValueError, match=r"classes.txt has 300 lines; .*at most 255"):
+        open_labelled("folder", tmp_path, "val", (2, 4))
+
+
+@pytest.mark.parametrize("wrong", [{"sampling": "herdin"}, {"align": "nonee"}, {"budget": -1},
+                                   {"lr": float("nan")}, {"image_size": 64}, {"amp": "fp16"}])
+def test_a_config_checks_itself_wherever_it_is_made(wrong):
+    with pytest.raises(ValueError, match=f"--{next(iter(wrong)).replace('_', '-')} takes .*; got"):
+        distill.Config(**wrong)
+
+
+@pytest.mark.parametrize(("classes", "message"), [
+    ((1, 1), "teacher has 1 output channels .*two or more"), ((3, 4), "3 .* and the student 4")])
+def test_networks_of_one_class_or_of_different_ones_are_refused_before_the_scan(
+        pool_folder, monkeypatch, classes, message):
+    monkeypatch.setattr(distill, "scan", lambda *_: pytest.fail("scanned"))
+    teacher, student = (with_random_statistics(build_model("resnet_tiny", k)) for k in classes)
+    with pytest.raises(ValueError, match=message):
+        small_run(pool_folder, teacher, student)
+
+
+def test_a_teacher_that_never_learned_or_is_broken_is_refused_before_the_scan(pool_folder,
+                                                                             monkeypatch):
+    monkeypatch.setattr(distill, "scan", lambda *_: pytest.fail("scanned"))
+    with pytest.raises(ValueError, match="looks untrained: were its weights loaded"):
+        small_run(pool_folder, build_model("resnet_tiny", 3))
+    for name, value in (("running_mean", torch.nan), ("running_var", -1.0),
+                        ("weight", torch.inf)):
+        broken = with_random_statistics(build_model("resnet_tiny", 3))
+        getattr(broken.net.stem[1], name).data[2] = value
+        with pytest.raises(ValueError, match="infinite, NaN or negative"):
+            small_run(pool_folder, broken)
+    dead = with_random_statistics(build_model("resnet_tiny", 3))
+    nn.init.zeros_(dead.net.head.weight)
+    with pytest.raises(ValueError, match="looks untrained"):
+        small_run(pool_folder, dead)
+
+
+def test_a_budget_beyond_the_pool_is_said_before_the_scan(pool_folder, monkeypatch):
+    monkeypatch.setattr(distill, "scan", lambda *_: pytest.fail("scanned"))
+    with pytest.raises(ValueError, match="budget is 400, but the pool has 30 files; .*--budget 0"):
+        small_run(pool_folder, budget=400)
+
+
+@pytest.mark.parametrize("words", ["--teacher mine.pt", "--pool photos",
+                                   "--teacher-model fcn_resnet50"])
+def test_a_teacher_or_a_pool_of_ones_own_needs_a_dataset_at_once(tmp_path, words, monkeypatch):
+    monkeypatch.setattr("support.command.builtin_teacher", lambda *_: pytest.fail("drew scenes"))
+    with pytest.raises(ValueError, match="--dataset is missing"):
+        distill.main([*words.split(), "--out", str(tmp_path / "a")])
+
+
+@pytest.mark.parametrize(("values", "kind", "expected"), [
+    ([0, 0.5, 1], np.float32, [0, 128, 255]), ([0, 100, 255], np.int32, [0, 100, 255]),
+    ([0, 2048, 4095], np.uint16, [0, 128, 255]), ([0, 32896, 65535], np.uint16, [0, 128, 255]),
+    ([-1, 0, 1], np.float32, None), ([0, 1, 1e6], np.float32, None)])
+def test_pictures_of_more_than_8_bits_are_read_right_or_named(tmp_path, values, kind, expected):
+    path = write(tmp_path / "a.tif", np.array([values] * 2, dtype=kind))
+    if expected is None:
+        with pytest.raises(ValueError, match=r"a\.tif: .*expected 8, 12 or 16 bits"):
+            load_image(path)
+    else:
+        assert np.abs(np.asarray(load_image(path))[0, :, 0].astype(int) - expected).max() <= 1
+
+
+def test_kinds_of_images_that_cannot_be_read_are_counted_and_named(tmp_path, monkeypatch):
+    for name in ("a.jpg", "b.heic", "c.HEIC", "d.jfif"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(Image, "registered_extensions", lambda: {".jfif": "JPEG"})
+    with pytest.warns(UserWarning, match="cannot read their kind: 2 .heic; convert"):
+        assert [path.name for path in find_images(tmp_path)] == ["a.jpg", "d.jfif"]
+
+
+def test_folders_that_may_not_be_listed_are_named(tmp_path, monkeypatch):
+    (tmp_path / "a.jpg").touch()
+
+    def walk(top, onerror):
+        onerror(PermissionError(13, "Permission denied", f"{top}/closed"))
+        yield str(tmp_path), [], ["a.jpg"]
+    monkeypatch.setattr(os, "walk", walk)
+    with pytest.warns(UserWarning, match="1 folders may not be listed .*closed"):
+        find_images(tmp_path)
+
+
+def test_two_labels_of_one_image_are_refused(tmp_path):
+    folder(tmp_path, coordinates(4, 2), mask([0, 1, 0, 1], [0, 0, 1, 1]))
+    write(tmp_path / "labels" / "a.bmp", mask([0, 1, 0, 1], [0, 0, 1, 1]))
+    with pytest.raises(ValueError, match=r"a\.bmp and .*a\.png are labels of one image"):
+        open_labelled("folder", tmp_path, "val", (2, 4), 2)
+
+
+def test_every_image_gets_a_mask_of_its_own_however_names_clash_and_however_long(tmp_path):
+    files = [tmp_path / name for name in ("a.jpg", "a.png", "a.jpg.png", f"{'x' * 250}.jpg",
+                                          f"{'x' * 249}y.jpg")]
+    names = evaluation.mask_names(files)
+    assert len(set(names)) == 5 and all(len(os.fsencode(name.name)) < 250 for name in names)
+    for i, path in enumerate(files):
+        write(path, Image.new("RGB", (40, 32), (10 * i, 0, 0)),
+              format="PNG")
+    model = build_model("resnet_tiny", 3).eval()
+    out = tmp_path.parent / "masks of long names"
+    assert evaluation.write_masks(model, tmp_path, out, (32, 40), "cpu", overlay=True) == 5
+    assert len(list(out.glob("*.png"))) == 5 + 1 and (out / "legend.png").exists()
+
+
+def test_the_program_does_not_learn_from_its_own_figures(pool_folder, tmp_path):
+    model = with_random_statistics(build_model("resnet_tiny", 3, image_size=(32, 48)))
+    checkpoint.save_model(model, tmp_path / "t.pt")
+    with pytest.raises(ValueError, match="--out .* lies in the pool"):
+        distill.main(["--dataset", "none", "--pool", str(pool_folder), "--teacher",
+                      str(tmp_path / "t.pt"), "--out", str(pool_folder / "run")])
+
+
+# ---------------------------------------------------------------- tracebacks
+
+@pytest.mark.parametrize("change", [lambda s: s.pop("std"), lambda s: s.update(num_classes="x"),
+                                    lambda s: s["class_names"].pop()])
+def test_a_model_file_with_something_missing_is_one_sentence(tmp_path, change):
+    checkpoint.save_model(build_model("resnet_tiny", 3), tmp_path / "m.pt")
+    state = checkpoint.load(tmp_path / "m.pt")
+    change(state)
+    checkpoint.save(state, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=r"m\.pt cannot be used: .*; make it anew") as caught:
+        checkpoint.load_model(tmp_path / "m.pt")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_refused_file_is_not_advertised_with_torchs_way_around_the_safeguard(tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "m.pt")
+    with pytest.raises(ValueError, match="nothing in it was run") as caught:
+        checkpoint.load_model(tmp_path / "m.pt")
+    assert "weights_only" not in str(caught.value)
+
+
+def test_a_list_of_files_may_come_from_excel_and_a_broken_one_is_named(tmp_path):
+    path = write(tmp_path / "a.jpg", coordinates(40, 30))
+    (tmp_path / "list.csv").write_text(f"\ufefffile;note\r\n{path};x\r\n", encoding="utf-8")
+    assert find_images(tmp_path / "list.csv") == [path]
+    (tmp_path / "long.csv").write_text("file\n" + "x" * (csv.field_size_limit() + 1))
+    with pytest.raises(ValueError, match="long.csv is no table of files"):
+        find_images(tmp_path / "long.csv")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]"])
+def test_a_damaged_config_cannot_be_resumed_and_says_so(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="config.json is damaged"):
+        distill.main(["--resume", "--out", str(tmp_path)])
+
+
+def test_a_foreign_state_is_named(tmp_path, pool_folder):
+    checkpoint.save({"step": 3}, tmp_path / "state.pt")
+    from support.training import Training
+    with pytest.raises(ValueError, match=r"state\.pt is no state of this run; delete it"):
+        Training(build_model("resnet_tiny", 3), 4, 0.1, state_path=tmp_path / "state.pt")
+
+
+def test_a_device_that_is_not_there_is_one_sentence():
+    from support.options import pick_device
+    for name in ("mps", "cuda:99", "toaster"):
+        with pytest.raises(ValueError, match=f"--device {name} here; use cpu"):
+            pick_device(name)
+
+
+# ---------------------------------------------------------------- what annoyed
+
+def test_a_network_of_ones_own_can_be_scored_exported_and_put_to_work(tmp_path, pool_folder):
+    class Dictionary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = build_model("resnet_tiny", 3).net
+
+        def forward(self, x):
+            return {"out": self.net(x)}
+
+    student = wrap(Dictionary(), 3).eval()
+    assert evaluation.write_masks(student, pool_folder, tmp_path / "m", (32, 48), "cpu") == 30
+    export(student, tmp_path / "s.pt2", (32, 48))
+    assert (tmp_path / "s.pt2").stat().st_size > 1000
+
+
+def test_every_picture_of_masks_has_a_legend_and_void_a_colour_of_its_own(tmp_path, monkeypatch):
+    assert (255, 255, 255) not in set(map(tuple, class_colours(CAMVID)))
+    assert len(set(map(tuple, class_colours(CAMVID)))) == 11
+    figures = []
+    monkeypatch.setattr(plots, "write", lambda figure, path: figures.append(figure))
+    folder(tmp_path, coordinates(4, 2), mask([0, 1, 0, 1], [0, 0, 1, 255]))
+    plots.overlays(open_labelled("folder", tmp_path, "val", (2, 4), 2), "x.png")
+    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert labels == ["class 0", "class 1", "void"]
+
+
+def test_few_images_are_not_shown_twice():
+    items = [(torch.zeros(3, 4, 4), torch.zeros(4, 4)) for _ in range(3)]
+    assert len(plots.examples(items)) <= 3
+
+
+def test_nothing_warns_in_a_run_without_trouble(pool_folder):
+    with warnings.catch_warnings(action="error"):
+        assert len(small_run(pool_folder)["files"]) == 4
+
+
+def test_the_figure_is_part_of_what_makes_a_run_finished(pool_folder, tmp_path, monkeypatch):
+    model = with_random_statistics(build_model("resnet_tiny", 3, image_size=(32, 48)))
+    checkpoint.save_model(model, tmp_path / "t.pt")
+    words = ["--dataset", "none", "--pool", str(pool_folder), "--teacher", str(tmp_path / "t.pt"),
+             "--out", str(tmp_path / "run"), "--budget", "4", "--steps", "1", "--amp", "off"]
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(plots, "story", interrupted)
+        distill.main(words)
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    metrics = distill.main(["--resume", "--out", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "figure.png").exists() and json.dumps(metrics)
