@@ -1,20 +1,21 @@
 """ads_sampler.py: what is scored, what is chosen, and what never is."""
 
-import itertools
+import math
+import time
+import warnings
 
 import pytest
 import torch
-from conftest import with_random_statistics
-from torch import nn
 
-from ads_sampler import mean_shift, moment_features, sample, score_pool
-from bn_stats import bn_layers, capture_bn_inputs
+import ads_sampler
+from ads_sampler import sample, score_pool
 
 
 def test_the_worked_example_in_the_docstring_is_right():
-    f = torch.tensor([1.0, 1, 2, -2, -3])
-    assert sample(f.abs(), 3).tolist() == [0, 1, 2]
-    assert sample(f.abs(), 3, "herding", f[:, None]).tolist() == [0, 1, 3]
+    x = torch.tensor([-3, 2, torch.nan, 1, -2, 1])
+    chosen = sample(x.abs(), 3)
+    assert chosen.tolist() == [3, 5, 1] and chosen.dtype == torch.int64
+    assert x[chosen].mean().item() == pytest.approx(4 / 3)
 
 
 def test_scores_come_in_the_order_of_the_loader_whatever_the_batch_size():
@@ -42,89 +43,49 @@ def test_nearest_is_a_sorted_prefix_with_ties_in_pool_order():
     assert sample(distances, 2).tolist() == [5, 1]
 
 
-@pytest.mark.parametrize("method", ["nearest", "herding"])
-def test_images_without_a_finite_distance_are_never_chosen_and_reported(method):
-    distances = torch.tensor([torch.nan, 1, torch.inf, 2, 3])
-    features = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
-    with pytest.warns(UserWarning, match="2 of 5"):
-        assert sample(distances, 3, method, features).tolist() == [1, 3, 4]
+def test_the_choice_equals_a_plain_sort_in_python():
+    values = torch.randint(20, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    distances = [v if v else math.nan for v in map(float, values)]     # many ties, some unusable
+    slow = sorted((i for i, v in enumerate(distances) if math.isfinite(v)),
+                  key=lambda i: (distances[i], i))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        assert sample(torch.tensor(distances, dtype=dtype), 90).tolist() == slow[:90]
+
+
+def test_images_without_a_finite_distance_are_never_chosen_and_nothing_is_said():
+    distances = torch.tensor([torch.nan, 1, torch.inf, 2, 3, -torch.inf])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sample(distances, 3).tolist() == [1, 3, 4]
+    with pytest.raises(ValueError, match="between 1 and 3"):
+        sample(distances, 4)
 
 
 @pytest.mark.parametrize("budget", [0, 4, -1])
 def test_a_budget_that_does_not_fit_is_refused_with_the_number_that_does(budget):
-    with pytest.raises(ValueError, match="between 1 and 3"):
+    with pytest.raises(ValueError, match=f"between 1 and 3.*got {budget}"):
         sample(torch.rand(3), budget)
 
 
-def test_unknown_methods_and_missing_features_are_refused():
-    with pytest.raises(ValueError, match="'best'"):
-        sample(torch.rand(3), 1, "best")
-    with pytest.raises(ValueError, match="features"):
-        sample(torch.rand(3), 1, "herding")
+@pytest.mark.parametrize(("distances", "got"), [
+    (torch.rand(5, 2), r"float32 \(5, 2\)"), (torch.rand(5, 1), r"\(5, 1\)"),
+    (torch.tensor(1.0), r"\(\)"), (torch.arange(5), "int64"), (torch.ones(5).bool(), "bool")])
+def test_anything_but_one_floating_point_distance_an_image_is_refused(distances, got):
+    with pytest.raises(ValueError, match="expected one floating-point distance.*" + got):
+        sample(distances, 1)
 
 
-def test_herding_takes_at_each_step_the_image_that_brings_the_sum_nearest_to_zero():
-    features = torch.randn(12, 3, generator=torch.Generator().manual_seed(1)) + 0.5
-    chosen = []
-    for _ in range(5):                                              # slow, from the definition
-        norms = {i: sum(features[j] for j in [*chosen, i]).norm().item()
-                 for i in range(12) if i not in chosen}
-        chosen.append(min(norms, key=norms.get))
-    distances = features.norm(dim=1)
-    expected = sorted(chosen, key=lambda i: distances[i])
-    assert sample(distances, 5, "herding", features).tolist() == expected
-
-
-def test_herding_matches_the_mean_of_a_set_better_than_nearest():
-    features = torch.randn(200, 4, generator=torch.Generator().manual_seed(2)) + 0.4
-    distances = features.norm(dim=1)
-    near, herd = (features[sample(distances, 30, m, features)].mean(0).norm()
-                  for m in ("nearest", "herding"))
-    assert herd < 0.2 * near
-
-
-def test_features_average_zero_over_the_images_that_the_statistics_come_from():
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(400, 3, 6, 6, generator=generator) * 2 + torch.randn(
-        400, 3, 1, 1, generator=generator)
-    layer = nn.BatchNorm2d(3, momentum=1.0)
-    layer(images)
-    with capture_bn_inputs(layer.eval()) as captured:
-        layer(images)
-    features = moment_features(captured, bn_layers(layer), dim=64)
-    assert features.mean(dim=0).norm() < 1e-2 < features.norm(dim=1).mean()
-
-
-def test_the_sketch_keeps_lengths_and_differences_on_average():
-    network = with_random_statistics(nn.Sequential(nn.Conv2d(3, 200, 3), nn.BatchNorm2d(200)))
-    with torch.no_grad(), capture_bn_inputs(network) as captured:
-        network(torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
-    layers = bn_layers(network)
-    mean, var = captured["1"]
-    s2 = layers["1"].running_var + layers["1"].eps
-    shift = (mean - layers["1"].running_mean) / s2.sqrt()
-    full = torch.cat([shift, var / s2 + shift ** 2 - 1], dim=1) / 400 ** 0.5       # no sketch
-    sketches = [moment_features(captured, layers, dim=32, seed=s) for s in range(60)]
-    for i, j in itertools.combinations(range(6), 2):
-        square = torch.stack([(s[i] - s[j]).square().sum() for s in sketches]).mean()
-        assert square.item() == pytest.approx((full[i] - full[j]).square().sum().item(), rel=0.3)
-
-
-def test_the_mean_square_shift_of_the_training_images_is_at_most_one():
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(500, 4, 8, 8, generator=generator) + 2 * torch.randn(
-        500, 4, 1, 1, generator=generator)
-    layer = nn.BatchNorm2d(4, momentum=1.0)
-    layer(images)
-    with capture_bn_inputs(layer.eval()) as captured:
-        layer(images)
-    # Between-image variance 4 of a total of 5: the mean square shift is their ratio.
-    shift = mean_shift(captured, bn_layers(layer))
-    assert shift.square().mean().item() == pytest.approx(0.8, abs=0.05)
+def test_the_demo_prints_the_worked_example_and_shows_that_nearest_crowds(capsys):
+    ads_sampler.demo()
+    text = capsys.readouterr().out
+    assert "images [3, 5, 1], mean 1.33" in text
+    rows = {words[0]: [float(w) for w in words[1:]] for words in map(str.split, text.splitlines())
+            if words and words[0] in ("random", "confidence", "nearest")}
+    assert rows["nearest"][1] == 0.39 and abs(rows["nearest"][0]) < 0.2
+    assert rows["nearest"][2] < 1.18 < rows["random"][2] < rows["confidence"][2]
 
 
 def test_choosing_from_a_million_distances_takes_under_a_second():
-    import time
     distances = torch.rand(1_000_000, generator=torch.Generator().manual_seed(0))
     start = time.process_time()
     sample(distances, 1000)
