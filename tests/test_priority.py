@@ -1,10 +1,9 @@
 """priority.py: weights, schedules and the size of a step."""
 
-import math
-
 import pytest
 import torch
 
+import priority
 from priority import effective_sample_size, progressive_weights, sample_weights, weighted_loss
 
 
@@ -39,13 +38,24 @@ def test_equal_distances_get_equal_weights(method):
     torch.testing.assert_close(w, torch.tensor([1.0, 0.5, 0.5, 0.0]))
 
 
-@pytest.mark.parametrize(("schedule", "middle"), [("linear", 0.25), ("cosine", None)])
-def test_schedules_start_at_the_weights_and_end_at_ones(schedule, middle):
+def test_the_linear_schedule_starts_at_the_weights_and_ends_at_ones():
     w = torch.tensor([0.0, 0.4, 1.0])
-    assert torch.equal(progressive_weights(w, 0, schedule), w)
-    torch.testing.assert_close(progressive_weights(w, 1, schedule), torch.ones(3))
-    relaxed = middle if middle is not None else (1 - math.cos(math.pi / 4)) / 2
-    torch.testing.assert_close(progressive_weights(w, 0.25, schedule), w + (1 - w) * relaxed)
+    assert torch.equal(progressive_weights(w, 0), w)
+    torch.testing.assert_close(progressive_weights(w, 1), torch.ones(3))
+    torch.testing.assert_close(progressive_weights(w, 0.25), torch.tensor([0.25, 0.55, 1.0]))
+
+
+def test_weights_equal_slow_loops_over_the_formulas():
+    d = torch.randint(9, (30,), generator=torch.Generator().manual_seed(3)).double()
+    values = d.tolist()
+    ranks = [sum(b < a for b in values) + (sum(b == a for b in values) - 1) / 2 for a in values]
+    for method, keys in (("minmax", values), ("rank", ranks)):
+        slow = [(max(keys) - a) / (max(keys) - min(keys)) for a in keys]
+        w = sample_weights(d, method)
+        torch.testing.assert_close(w.double(), torch.tensor(slow, dtype=torch.double),
+                                   atol=1e-6, rtol=0)
+        torch.testing.assert_close(progressive_weights(w, 0.3).double(), torch.tensor(
+            [x + (1 - x) * 0.3 for x in slow], dtype=torch.double), atol=1e-6, rtol=0)
 
 
 def test_fixed_and_uniform_do_not_move():
@@ -74,6 +84,24 @@ def test_effective_sample_size_counts_equal_weights_and_a_single_one():
     assert effective_sample_size(torch.tensor([0.0, 1, 0])) == pytest.approx(1)
 
 
+def test_one_image_alone_counts_fully():
+    assert sample_weights(torch.tensor([3.0])).tolist() == [1]
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 1), (2, 2), ()])
+def test_distances_that_are_empty_or_not_one_column_are_refused(shape):
+    with pytest.raises(ValueError, match=r"expected the distances .*\(N,\); got shape"):
+        sample_weights(torch.ones(shape))
+
+
+def test_the_demo_prints_the_worked_example(capsys):
+    priority.demo()
+    text = capsys.readouterr().out
+    for part in ("[1.0, 0.9, 0.8, 0.0]", "[1.0, 0.95, 0.9, 0.5]", "[1.0, 0.667, 0.333, 0.0]",
+                 "[1.0, 0.99, 0.98, 0.0]", "ESS 2.98", "ESS 2.57", "399   400   401   401   401"):
+        assert part in text
+
+
 def test_errors_say_what_was_expected():
     with pytest.raises(ValueError, match="finite"):
         sample_weights(torch.tensor([1.0, torch.nan]))
@@ -83,3 +111,5 @@ def test_errors_say_what_was_expected():
         progressive_weights(torch.rand(3), 1.5)
     with pytest.raises(ValueError, match="'steep'"):
         progressive_weights(torch.rand(3), 0.5, "steep")
+    with pytest.raises(ValueError, match="expected one of .*linear.*fixed.*uniform"):
+        progressive_weights(torch.rand(3), 0.5, "cosine")
