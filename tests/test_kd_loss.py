@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from kd_loss import channelwise_kd, pairwise_kd, parse_losses, pixelwise_kd
+import kd_loss
+from kd_loss import channelwise_kd, pixelwise_kd
 
-LOSSES = [pixelwise_kd, channelwise_kd, pairwise_kd]
+LOSSES = [pixelwise_kd, channelwise_kd]
 
 
 def logits(*shape, seed=0, scale=3.0):
@@ -30,7 +31,6 @@ def test_the_worked_example_in_the_docstring_is_right():
     s[0, 0, 1, 1] = math.log(9)
     assert pixelwise_kd(s, t).item() == pytest.approx(0.1212, abs=5e-5)
     assert channelwise_kd(s, t, temperature=1).item() == pytest.approx(0.2747, abs=5e-5)
-    assert pairwise_kd(s, t, grid=2).item() == pytest.approx(0.9375)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
@@ -53,18 +53,6 @@ def test_channelwise_equals_the_published_formula():
     log_p, log_q = (torch.log_softmax(x.view(-1, 20) / T, dim=1) for x in (t, s))
     published = (p * (log_p - log_q)).sum() * T ** 2 / 6
     torch.testing.assert_close(channelwise_kd(s, t).mean(), published)
-
-
-def test_pairwise_equals_slow_loops():
-    s, t = logits(1, 3, 4, 4), logits(1, 3, 4, 4, seed=1)
-
-    def cosines(x):
-        regions = [x[0, :, i:i + 2, j:j + 2].mean((1, 2)) for i in (0, 2) for j in (0, 2)]
-        return [[(a @ b / a.norm() / b.norm()).item() for b in regions] for a in regions]
-
-    a, b = cosines(s), cosines(t)
-    slow = sum((a[i][j] - b[i][j]) ** 2 for i in range(4) for j in range(4)) / 16
-    assert pairwise_kd(s, t, grid=2).item() == pytest.approx(slow, rel=1e-4)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -105,7 +93,7 @@ def test_no_gradient_reaches_the_teacher(loss):
     assert t.grad is None and s.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("loss", [pixelwise_kd, channelwise_kd, lambda s, t: pairwise_kd(s, t, 2)])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_gradcheck_in_float64(loss):
     s, t = logits(2, 3, 4, 4).double().requires_grad_(), logits(2, 3, 4, 4, seed=1).double()
     assert torch.autograd.gradcheck(lambda x: loss(x, t), (s,))
@@ -127,14 +115,25 @@ def test_shapes_that_differ_are_refused(loss):
         loss(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 4, 4))
 
 
-def test_a_sum_of_losses_is_read_with_its_factors():
-    assert parse_losses("pixelwise") == {"pixelwise": 1}
-    assert parse_losses("pixelwise+10*channelwise+0.5*pairwise") == {
-        "pixelwise": 1, "channelwise": 10, "pairwise": 0.5}
+@pytest.mark.parametrize("loss", LOSSES)
+def test_logits_without_a_batch_are_refused(loss):
+    with pytest.raises(ValueError, match=r"\(B, K, H, W\); resize"):
+        loss(torch.zeros(3, 8, 8), torch.zeros(3, 8, 8))
 
 
-@pytest.mark.parametrize("text", ["", "telepathy", "2*", "x*pixelwise", "-1*pixelwise",
-                                  "pixelwise+pixelwise", "pixelwise channelwise"])
-def test_what_is_no_sum_of_losses_gets_one_sentence(text):
-    with pytest.raises(ValueError, match="is no sum of losses; expected each of some of pixelwise"):
-        parse_losses(text)
+@pytest.mark.parametrize("size", [4, 8, 32])
+def test_the_upper_limit_of_channelwise_for_a_flat_student_is_that_of_the_docstring(size):
+    t = torch.full((1, 2, size, size), -1e4)
+    t[..., 0, 0] = 1e4                                             # all in one pixel
+    value = channelwise_kd(torch.zeros_like(t), t, temperature=4.0)
+    assert value.item() == pytest.approx(16 * math.log(size ** 2), rel=1e-5)
+    some = channelwise_kd(torch.zeros_like(t), logits(1, 2, size, size, scale=9.0))
+    assert 0 < some.item() < value.item()
+
+
+def test_the_demo_prints_the_worked_example_and_what_channelwise_does_not_see(capsys):
+    kd_loss.demo()
+    text = capsys.readouterr().out
+    assert "pixelwise 0.1212, channelwise 0.2747" in text
+    assert any(line.split()[-2:] == ["0.3106", "0.0000"] for line in text.splitlines()
+               if line.startswith("class 1 too strong"))
