@@ -121,7 +121,7 @@ def demo():
     for name, student in students.items():
         pixel, channel = (f(student, teacher).item() for f in (pixelwise_kd, channelwise_kd))
         print(f"{name:32s}{abs(pixel):12.4f}{abs(channel):14.4f}")
-    print("Compare down a column: T is 1 in pixelwise, 4 in channelwise. Channelwise does not see a\n"
+    print("Compare down a column: T is 1 in pixelwise, 4 in channelwise. Channelwise cannot see a\n"
           "class that is too strong everywhere. Pixelwise does, but large classes rule its mean.")
 
 

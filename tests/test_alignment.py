@@ -1,14 +1,11 @@
-"""alignment: colours read off a layer, exact transfer, a fit that never makes it worse."""
+"""alignment.py: colours read off a layer, and given exactly to each image."""
 
 import pytest
 import torch
-from conftest import with_random_statistics
 from torch import nn
 
 import alignment
-from alignment import apply_colours, colour_target, fit, transfer
-from bn_stats import bn_distance, bn_layers, capture_bn_inputs
-from models import build_model
+from alignment import apply_colours, colour_target, match_colours, square_root, transfer
 
 
 @pytest.fixture
@@ -100,29 +97,62 @@ def test_apply_keeps_to_the_range_and_the_identity_changes_nothing(images):
     assert torch.equal(apply_colours(images, bright), torch.ones_like(images))
 
 
-def test_fit_brings_every_image_nearer_and_leaves_the_teacher_alone(images):
-    teacher = with_random_statistics(build_model("resnet_tiny", 4)).requires_grad_(False)
-    layers = dict(list(bn_layers(teacher).items())[:3])
-    before = {name: value.clone() for name, value in teacher.state_dict().items()}
-
-    def distance(x):
-        with capture_bn_inputs(teacher, layers) as captured:
-            teacher(x)
-        return bn_distance(captured, layers, "kl").sum(dim=1)
-
-    maps = fit(images, distance, steps=10)
-    near, far = distance(apply_colours(images, maps)), distance(images)
-    assert (near < far).all() and not maps.requires_grad
-    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
-    alone = fit(images[:1], distance, steps=10)
-    torch.testing.assert_close(alone, maps[:1], atol=1e-3, rtol=1e-3)
+def test_matching_colours_is_the_transfer_applied_and_changes_each_image_by_itself(images):
+    mean, cov = torch.tensor([0.4, 0.5, 0.6]), 0.01 * torch.eye(3)
+    matched = match_colours(images, mean, cov)
+    assert torch.equal(matched, apply_colours(images, transfer(images, mean, cov)))
+    assert matched.shape == images.shape and matched.dtype == images.dtype
+    assert matched.min() >= 0 and matched.max() <= 1
+    alone = torch.cat([match_colours(image[None], mean, cov) for image in images])
+    torch.testing.assert_close(alone, matched)
 
 
-def test_fit_never_ends_farther_than_it_began(images):
-    maps = fit(images, lambda x: (x - images).square().mean(dim=(1, 2, 3)), steps=5, lr=0.5)
-    assert torch.equal(maps, torch.eye(3, 4).repeat(5, 1, 1))
+def test_matched_images_have_the_asked_colours_but_for_the_floor(images):
+    mean, cov = torch.tensor([0.4, 0.5, 0.6]), torch.diag(torch.tensor([0.01, 0.008, 0.006]))
+    got_mean, got_cov = moments(match_colours(images, mean, cov))
+    torch.testing.assert_close(got_mean, mean.double().expand(5, 3), atol=2e-3, rtol=0)
+    assert (got_cov - cov).abs().max() < 5e-3
 
 
-def test_the_demo_prints_the_worked_example(capsys):
+def test_the_map_is_the_formula_of_the_docstring_written_with_matrix_functions(images):
+    mean, cov = torch.tensor([0.4, 0.5, 0.6]), torch.tensor(
+        [[0.004, 0.002, 0.001], [0.002, 0.003, 0.001], [0.001, 0.001, 0.002]])
+    m, S = moments(images)
+    maps = transfer(images, mean, cov)
+    for b in range(5):
+        target, own = cov.double() + 1e-3 * torch.eye(3), S[b] + 1e-3 * torch.eye(3)
+        T = maps[b, :, :3].double()
+        torch.testing.assert_close(T @ own @ T.T, target, atol=1e-6, rtol=1e-4)
+        assert torch.linalg.eigvalsh((T + T.T) / 2).min() > 0        # symmetric and positive
+        torch.testing.assert_close(T @ m[b] + maps[b, :, 3].double(), mean.double(),
+                                   atol=1e-5, rtol=0)
+        root = square_root(own)
+        torch.testing.assert_close(root @ root, own)
+        torch.testing.assert_close(square_root(own, -0.5) @ root, torch.eye(3).double())
+
+
+def test_a_layer_of_four_channels_is_treated_as_one_that_hardly_sees_colour():
+    filters = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    true = 0.04 * (0.05 * torch.eye(3) + 0.95)
+    var = ((filters @ true) * filters).sum(dim=1)
+    mean, cov = colour_target(lambda x: x.mean(dim=(2, 3)) @ filters.T, filters.sum(dim=1) * 0.4,
+                              var, (4, 4))
+    assert cov[0, 1] == cov[0, 2] == cov[1, 2] and cov[0, 0] == cov[1, 1]
+    assert cov[0, 1].item() == pytest.approx(0.95 * cov[0, 0].item())
+    assert mean.isfinite().all()
+
+
+def test_what_is_read_off_a_layer_carries_no_gradient(images):
+    filters = nn.Conv2d(3, 16, 1)
+    mean, cov = colour_target(lambda x: filters(x).mean(dim=(2, 3)), torch.zeros(16),
+                              torch.ones(16), (8, 8))
+    assert not mean.requires_grad and not cov.requires_grad
+
+
+def test_the_demo_prints_the_worked_example_and_a_photograph_in_the_cameras_colours(capsys):
     alignment.demo()
-    assert "[0.2, 0.6]" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "[0.2, 0.6]" in text
+    rows = [line.split("mean")[1].split("standard")[0] for line in text.splitlines()
+            if "standard deviation" in line]
+    assert rows[0] == rows[1] == rows[3] != rows[2]
