@@ -6,7 +6,7 @@ Picture
 
 Idea
     A trained network, the teacher, keeps in its BatchNorm layers the mean and variance of every
-    channel. Take both of a new image: the nearer they are, the more it looks like training data.
+    channel. Measure both on a new image: the nearer, the more it looks like the training data.
 
 Equation
     d(x) = sum over layers of one of
@@ -27,10 +27,10 @@ Worked example (two channels, four pixels, eps = 0; the demo prints it, a test a
     l2 = ||(3 - 0, 5 - 1)|| + ||(4 - 1, 1 - 5)|| = 5 + 5                     = 10
     kl = mean of (4 + 9 - 1 - ln 4) / 2  and  (0.2 + 3.2 - 1 - ln 0.2) / 2   = 3.656
 
-Use it (Image is PIL's; to_tensor and normalize are in torchvision.transforms.functional)
+Use it (from bn_stats import image_distances; the rest: PIL, torchvision.transforms.functional)
     photos = [to_tensor(Image.open(file).convert("RGB").resize((128, 96))) for file in files]
     images = normalize(torch.stack(photos), MEAN, STD)              # (B, 3, H, W), as in training
-    distances = image_distances(teacher.eval(), images)             # (B,); from bn_stats import it
+    distances = image_distances(teacher.eval(), images)             # (B,), small: it looks alike
 
 Run it
     python bn_stats.py          (CPU, a second: these numbers, and where one image falls short)
@@ -46,27 +46,8 @@ from torch import nn
 METRICS = ("l2", "kl")
 
 
-def select_layers(layers, spec="all"):
-    """Return the part of {name: module} that `spec` names, in the same order.
-
-    spec: a comma-separated string or a sequence of "all", "early", "middle", "late" (thirds),
-    indices, names and name prefixes ("layer1" means all below it). ValueError if one finds none.
-    """
-    names, n, chosen = list(layers), len(layers), set()
-    known = {"all": names, "early": names[:round(n / 3)], "late": names[round(2 * n / 3):],
-             "middle": names[round(n / 3):round(2 * n / 3)],
-             **{str(i): [names[i]] for i in range(-n, n)}}
-    for part in spec.split(",") if isinstance(spec, str) else map(str, spec):
-        found = known.get(part) or [k for k in names if f"{k}.".startswith(f"{part}.")]
-        if not found:
-            raise ValueError(f"no BatchNorm layer matches {part!r}; expected all, early, middle, "
-                             f"late, an index, or a name or prefix like {names[0]!r}")
-        chosen.update(found)
-    return {name: layers[name] for name in names if name in chosen}
-
-
 def bn_layers(model, spec=None):
-    """Return {name: module} of the BatchNorm layers that `spec` names, or all; or ValueError."""
+    """Return {name: module} of the BatchNorm layers with running statistics; ValueError if none."""
     layers = {name: m for name, m in model.named_modules()
               if getattr(m, "running_mean", None) is not None
               and (isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm)
@@ -79,7 +60,7 @@ def bn_layers(model, spec=None):
 def spatial_moments(features, centre):
     """Return mean and biased variance over the pixels: (B, C, H, W), (C,) -> (B, C), (B, C).
 
-    E[f^2] - E[f]^2, in place on a copy, is fast; around a `centre` near the mean it is exact, too.
+    E[f^2] - E[f]^2, in place on one copy: fast, and exact as long as `centre` is near the mean.
     """
     f = features.to(torch.float32, copy=True).sub_(centre.view(1, -1, 1, 1))       # (B, C, H, W)
     mean = f.mean(dim=(2, 3))                                                      # (B, C)
@@ -139,6 +120,25 @@ def bn_distance(captured, layers, metric="l2"):
             d = ((v + (mean - mean_bn).square() / s2 - 1 - v.log()) / 2).mean(dim=1)
         columns.append(d)
     return torch.stack(columns, dim=1)                                            # (B, L)
+
+
+def select_layers(layers, spec="all"):
+    """Return the part of {name: module} that `spec` names, in the same order.
+
+    spec: a comma-separated string or a sequence of "all", "early", "middle", "late" (thirds),
+    indices, names and name prefixes ("layer1" means all below it). ValueError if one finds none.
+    """
+    names, n, chosen = list(layers), len(layers), set()
+    a, b = round(n / 3), round(2 * n / 3)
+    known = {"all": names, "early": names[:a], "middle": names[a:b], "late": names[b:],
+             **{str(i): [names[i]] for i in range(-n, n)}}
+    for part in spec.split(",") if isinstance(spec, str) else map(str, spec):
+        found = known.get(part) or [k for k in names if f"{k}.".startswith(f"{part}.")]
+        if not found:
+            raise ValueError(f"no BatchNorm layer matches {part!r}; expected all, early, middle, "
+                             f"late, an index, or a name or prefix like {names[0]!r}")
+        chosen.update(found)
+    return {name: layers[name] for name in names if name in chosen}
 
 
 class Stopped(BaseException):
