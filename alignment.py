@@ -46,7 +46,6 @@ Run it
 
 import torch
 
-
 # ---------------------------------------------------------- give a photograph the private colours
 
 def square_root(matrices, power=0.5):

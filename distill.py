@@ -21,7 +21,6 @@ Symbols
 
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
 
 import torch
 
@@ -36,7 +35,7 @@ from support.colours import private_colours
 from support.data import Batches, Pool, Views, find_images
 from support.labelled import DATASETS, Labels, labels
 from support.options import Running, one_sentence, option, parse_losses, pick_amp
-from support.scoring import look_over, scan, score_key, unusable
+from support.scoring import look_over, scan, score_key
 from support.training import Training
 
 
@@ -58,9 +57,9 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     `models.wrap`). pool: a folder, or a list of files. size: (H, W). out: folder for a record from
     which an interrupted run goes on. Trains `student` and freezes `teacher` in place. Returns a
     dict: files, distances and weights of the chosen, nearest first; their indices in the pool
-    (chosen), the pool and its scores; the layers; why files were skipped; seconds; the loss curve.
+    (chosen), the pool, its scores, why files were skipped, layers, times and the loss curve.
     """
-    cfg, began = cfg or Config(), perf_counter()
+    cfg, laps = cfg or Config(), records.Laps()
     teacher, student, (pixel, channel) = freeze(wrap(teacher)), wrap(student), parse_losses(cfg.kd)
     prepare = private_colours(teacher, size) if cfg.align == "transfer-first" else None
     pool = Pool(pool if isinstance(pool, list) else find_images(pool), size, prepare)
@@ -73,7 +72,7 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     # 2. Score the pool: how far is each photograph from that? (ads_sampler.score_pool on disk)
     rule = rule_of_choice(teacher, layers, cfg, len(pool))
     key = out and score_key(teacher, layers, pool, cfg)
-    scores = scan(rule, pool, device, cfg.workers, out, key)                       # (N,)
+    scores, skipped = scan(rule, pool, device, cfg.workers, out, key)              # (N,)
 
     # 3. Sample a budget of the nearest (ADS).
     chosen = sample(scores, cfg.budget or int(scores.isfinite().sum()))            # (budget,)
@@ -82,13 +81,14 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     weights = sample_weights(scores[chosen], cfg.weighting)                        # (budget,)
     found = {"files": [pool.files[i] for i in chosen.tolist()], "chosen": chosen, "scores": scores,
              "distances": scores[chosen], "weights": weights, "pool": pool, "layers": layers,
-             "skipped": unusable(pool, scores), "seconds": {"scoring": perf_counter() - began}}
+             "skipped": skipped, "laps": laps}
+    laps("scoring")
     command.tell_choice(found, cfg, out)
     if cfg.dry_run:
         return found
 
     # 5. Distil: the student learns to answer as the teacher does, who is asked once for each view.
-    weights, began = weights.to(device), perf_counter()
+    weights = weights.to(device)
     run = Training(student, cfg.steps, cfg.lr, cfg.seed, pick_amp(cfg.amp, device),
                    out and out / "state.pt")
     ask = partial(answers_of, teacher, like=like, precision=run.precision())
@@ -103,7 +103,7 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
                   + channel * channelwise_kd(logits, answers))                     # (B,)
         now = progressive_weights(weights, progress, cfg.schedule)                 # (budget,)
         run.step(weighted_loss(losses, now[slots], now.mean()))
-    found["seconds"]["distillation"] = perf_counter() - began
+    laps("distillation")
     return {**found, "curve": run.curve}
 
 
@@ -156,14 +156,14 @@ def new_student(cfg, teacher):
 def run(cfg, out):
     """Run the method as the options say, in the folder `out`; return the metrics it prints."""
     parse_losses(cfg.kd)                         # a typing error is found before anything is read
-    cfg, teacher, files, held_out, seconds = command.opened(cfg, out)
+    cfg, teacher, files, held_out, laps = command.opened(cfg, out)
     size, student = teacher.image_size, new_student(cfg, teacher)
     found = distill(teacher, student, files, size, cfg, out)
     if cfg.dry_run:
         return command.shown(found, teacher, out)
     checkpoint.save_model(student, out / "student.pt")
     records.write_csv(out / "curve.csv", ("step", "loss"), found["curve"])
-    return command.reported(cfg, out, teacher, student, found, held_out, seconds)
+    return command.reported(cfg, out, teacher, student, found, held_out, laps)
 
 
 def main(argv=None):

@@ -8,7 +8,7 @@ Use it
 from functools import partial
 
 from alignment import colour_target, transfer
-from bn_stats import bn_layers, capture_bn_inputs
+from bn_stats import bn_layers, capture_bn_inputs, run_until
 from support.data import to_tensor, whole_view
 
 
@@ -28,7 +28,7 @@ def private_colours(teacher, size):
 
     def response(images):
         with capture_bn_inputs(teacher, {name: first}) as captured:
-            teacher(images)
+            run_until(teacher, images, {name: first})
         return captured[name][0]
 
     mean, cov = colour_target(response, first.running_mean, first.running_var, size)

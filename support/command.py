@@ -1,12 +1,11 @@
 """What the command line adds to the method: what it needs before, what it tells and reports after.
 
 Use it
-    cfg, teacher, files, held_out, seconds = opened(cfg, out)          # see distill.run
+    cfg, teacher, files, held_out, laps = opened(cfg, out)          # see distill.run
 """
 
 import dataclasses
 from pathlib import Path
-from time import perf_counter
 
 import torch
 from torch.utils.data import DataLoader
@@ -37,13 +36,13 @@ def load_teacher(cfg):
 
 
 def opened(cfg, out):
-    """Return (cfg, teacher, pool files, what to evaluate on, seconds it took) for the options.
+    """Return (cfg, teacher, pool files, what to evaluate on, times) for the options.
 
     Draws the built-in scenes and trains their teacher where nothing else is named. To evaluate on:
     a loader of (images, labels), or, without labels, a list of (images held out, None). Copies of
     those images in the pool are left out and named in skipped.csv.
     """
-    began = perf_counter()
+    laps = records.Laps()
     if cfg.dataset == "scenes" and not cfg.data_root:
         if cfg.pool or cfg.teacher or cfg.teacher_model:
             raise ValueError("--dataset is missing; say which labels there are, or none")
@@ -51,7 +50,7 @@ def opened(cfg, out):
         cfg = dataclasses.replace(cfg, data_root=root, pool=f"{root}/pool", teacher=teacher)
     if not cfg.pool:
         raise ValueError("--pool is missing; name a folder of unlabelled photographs")
-    seconds = {"scenes and teacher": perf_counter() - began} if cfg.dataset == "scenes" else {}
+    laps("scenes and teacher")
     if Path(cfg.pool).resolve() in Path(out).resolve().parents and cfg.dataset != "scenes":
         raise ValueError(f"--out {out} lies in the pool, which would learn from its own figures; "
                          "name a folder elsewhere")
@@ -76,7 +75,7 @@ def opened(cfg, out):
     if twins:
         print(f"warning: {len(twins)} images of the pool are also among those to evaluate on; they "
               "were left out (skipped.csv)")
-    return cfg, teacher, files, held_out, seconds
+    return cfg, teacher, files, held_out, laps
 
 
 def tell_choice(found, cfg, out=None):
@@ -103,16 +102,16 @@ def shown(found, teacher, out):
     return {"pool_images": len(found["scores"]) - len(found["skipped"]), "out": str(out)}
 
 
-def reported(cfg, out, teacher, student, found, held_out, seconds):
+def reported(cfg, out, teacher, student, found, held_out, laps):
     """Evaluate, write metrics.json and figure.png, print the result; return the metrics."""
-    began, results = perf_counter(), {}
+    results = {}
     if cfg.dataset != "none":
         results["teacher"] = evaluate(teacher, held_out, teacher.num_classes)
         results["student"] = evaluate(student, held_out, teacher.num_classes)
     results["agreement"] = evaluate(student, held_out, teacher.num_classes, reference=teacher)
     print("6 evaluated\n" + report(results, teacher.class_names))
-    seconds = {**seconds, **found["seconds"], "evaluation": perf_counter() - began}
-    metrics = records.metrics(cfg, results, teacher, found, seconds)
+    found["laps"]("evaluation")
+    metrics = records.metrics(cfg, results, teacher, found, {**laps, **found["laps"]})
     plots.story(found, teacher.image_size, cfg.schedule, teacher, student, held_out,
                 Path(out) / "figure.png")
     checkpoint.save_json(metrics, out / "metrics.json")   # last: with it, a run counts as finished

@@ -122,7 +122,7 @@ def open_labelled(dataset, root, split, size, num_classes=None, download=False):
     """
     if not root or not (download or Path(root).is_dir()):
         raise FileNotFoundError(f"there is no folder {root}; --data-root must name the {dataset} "
-                                "data (README, 'Data layouts')")
+                                "data (docs/data.md)")
     part, _, sequences = split.partition(":")
     images, labels, values = LISTINGS[dataset](Path(root), part, download)
     values = (values or DATASETS[dataset][0]                               # names of 0, 1, ...

@@ -25,19 +25,24 @@ from functools import partial, wraps
 import torch
 
 
-def option(default, help, choices=None, group="options", least=None, kind=None, required=False):
+def option(default, help, choices=None, group="options", least=0, kind=None, required=False):
     """Return a dataclass field with its help, allowed values and the group it is listed under.
 
     least: the smallest number that is allowed (default: 0). kind: FILE, FOLDER or what else a word
     stands for. required: the command line must give it.
     """
     return field(default=default, metadata={"help": help, "choices": choices, "group": group,
-                                            "least": least or 0, "kind": kind,
+                                            "least": least, "kind": kind,
                                             "required": required})
 
 
 def flag(name):
     return "--" + name.replace("_", "-")
+
+
+def kind_of(f):
+    """Return the type of a field's values: int for `int | None`."""
+    return next(t for t in (typing.get_args(f.type) or (f.type,)) if t is not type(None))
 
 
 class Options:
@@ -46,29 +51,24 @@ class Options:
     def __post_init__(self):
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
-            pair = f.type == (tuple[int, int] | None)
-            kinds = tuple(t for t in typing.get_args(f.type) or (f.type,) if t is not type(None))
-            numbers = value if pair and isinstance(value, tuple) else [value]
-            least = 1 if pair else f.metadata["least"]
-            if value is None:
-                fits, expected = type(None) in typing.get_args(f.type), "a value"
-            elif pair:
-                fits = isinstance(value, tuple) and len(value) == 2 and all(
-                    isinstance(n, int) and n >= least for n in numbers)
-                expected = "a height and a width of 1 or more"
+            least = f.metadata["least"]
+            if value is None and f.default is None:
+                continue
+            if f.type == (tuple[int, int] | None):
+                fits = isinstance(value, tuple) and [type(n) for n in value] == [int, int]
+                fits, expected = fits and min(value) > 0, "a height and a width of 1 or more"
             elif choices:
                 fits, expected = value in choices, f"one of {', '.join(choices)}"
-            elif kinds[0] in (int, float):
-                fits = (isinstance(value, kinds[0] | int) and not isinstance(value, bool)
-                        and math.isfinite(value) and value >= least)
+            elif kind_of(f) in (int, float):
+                fits = type(value) in (int, kind_of(f)) and math.isfinite(value) and value >= least
                 expected = f"a number of at least {least}"
             else:
-                fits, expected = isinstance(value, kinds), f"a {kinds[0].__name__}"
+                fits, expected = isinstance(value, kind_of(f)), f"a {kind_of(f).__name__}"
             if not fits:
                 raise ValueError(f"{flag(f.name)} takes {expected}; got {value!r}")
 
 
-data, running = (partial(option, group=g) for g in ("data", "running"))
+running = partial(option, group="running")
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,7 @@ class Running(Options):
 
 def add_option(group, f):
     """Give an argparse group the option that a dataclass field declares."""
-    meta = f.metadata
-    kind = next(t for t in (typing.get_args(f.type) or [f.type]) if t is not type(None))
+    meta, kind = f.metadata, kind_of(f)
     how = {"help": meta["help"], "required": meta["required"]}
     if f.default is not None and f.default is not False and f.default != "":
         how["help"] += f" (default: {f.default})"

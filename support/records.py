@@ -15,6 +15,7 @@ import subprocess
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from time import perf_counter, process_time
 
 import PIL
 import torch
@@ -175,6 +176,18 @@ def write_choice(out, found):
 
 # ---------------------------------------------------------------- the result
 
+class Laps(dict):
+    """{stage: (wall seconds, processor seconds)}; calling it with a stage's name ends the stage."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = perf_counter(), process_time()
+
+    def __call__(self, stage):
+        now = perf_counter(), process_time()
+        self[stage], self.last = (now[0] - self.last[0], now[1] - self.last[1]), now
+
+
 def environment(device):
     """Return what a number depends on beside the config: versions, hardware, commit."""
     commit, processor = "", platform.machine()
@@ -191,11 +204,11 @@ def environment(device):
             else f"{processor} CPU", "commit": commit or None}
 
 
-def metrics(cfg, results, teacher, found, seconds):
+def metrics(cfg, results, teacher, found, laps):
     """Return metrics.json: what was reached, from how many images, in how long, with what.
 
     results: {"teacher", "student", "agreement"} of evaluate.evaluate, the first two only where
-    there are labels. found: of distill.distill. seconds: {stage: time it took}.
+    there are labels. found: of distill.distill. laps: of all stages.
     """
     miou = {name: result["miou"] for name, result in results.items()}
     count = len(found["files"])
@@ -207,7 +220,9 @@ def metrics(cfg, results, teacher, found, seconds):
         "pool_images": len(found["scores"]) - len(found["skipped"]),
         "skipped_images": len(found["skipped"]), "selected_images": count,
         "seen_images": min(cfg.steps * cfg.batch_size, count), "updates": cfg.steps,
-        "seconds": sum(seconds.values()), "stage_seconds": seconds,
+        "seconds": sum(wall for wall, _ in laps.values()),
+        "stage_seconds": {name: wall for name, (wall, _) in laps.items()},
+        "processor_seconds": {name: processor for name, (_, processor) in laps.items()},
         "config": dataclasses.asdict(cfg), "environment": environment(teacher.mean.device)}
 
 

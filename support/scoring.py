@@ -9,7 +9,7 @@ Symbols
     N files of the pool, B images of a batch.
 
 Use it
-    scores = scan(lambda images, numbers: image_distances(teacher, images), pool, device)    # (N,)
+    scores, skipped = scan(lambda x, numbers: image_distances(teacher, x), pool, device)     # (N,)
 """
 
 import hashlib
@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from ads_sampler import score_pool
-from bn_stats import capture_bn_inputs
+from bn_stats import capture_bn_inputs, run_until
 from evaluate import as_input
 from support.checkpoint import atomic, fingerprint
 from support.data import loaded
@@ -93,18 +93,35 @@ def read_scores(path):
     return torch.from_numpy(np.fromfile(path, dtype=np.float32))
 
 
+def unusable(pool, scores):
+    """Return why files of the pool cannot be used, a line each; ValueError if that is most of it.
+    """
+    reasons = []
+    for i in (~scores.isfinite()).nonzero().flatten().tolist():
+        try:
+            pool.view(i)
+            reasons.append(f"{pool.files[i]}: it could not be scored")
+        except ValueError as error:
+            reasons.append(str(error))
+    if len(reasons) > len(pool) / 2:
+        raise ValueError(f"{len(reasons)} of {len(pool)} files of the pool cannot be used, more "
+                         f"than half; the first is {reasons[0]}")
+    return reasons
+
+
 def scan(rule, pool, device, workers=0, out=None, key=None):
-    """Return the score of every photograph, NaN where it cannot be read: (N,) float32.
+    """Return (scores (N,) float32, NaN for a file that cannot be used; the reasons, a line each).
 
     rule: maps (images (B, 3, H, W) in [0, 1], their numbers in the pool (B,)) to scores (B,). out:
     folder of the run; batches are appended to a file in it, from which an interrupted scan goes on.
     key: name under which finished scores are kept for other runs, and read if they are there.
+    ValueError if more than half of the files cannot be used.
     """
     store = key and STORE / f"{key}.f32"
     part = out and key and Path(out) / f"{key}.part"  # goes on only with this pool and this teacher
     scores = read_scores(store)
     if len(scores) == len(pool):
-        return scores
+        return scores, unusable(pool, scores)
     scores = read_scores(part)
     scores = scores[:len(scores) // BATCH * BATCH]          # the last batch may be half written
     if part:
@@ -130,23 +147,7 @@ def scan(rule, pool, device, workers=0, out=None, key=None):
             scores.numpy().tofile(temporary)
     if part:
         part.unlink()
-    return scores
-
-
-def unusable(pool, scores):
-    """Return why files of the pool cannot be used, a line each; ValueError if that is most of it.
-    """
-    reasons = []
-    for i in (~scores.isfinite()).nonzero().flatten().tolist():
-        try:
-            pool.view(i)
-            reasons.append(f"{pool.files[i]}: it could not be scored")
-        except ValueError as error:
-            reasons.append(str(error))
-    if len(reasons) > len(pool) / 2:
-        raise ValueError(f"{len(reasons)} of {len(pool)} files of the pool cannot be used, more "
-                         f"than half; the first is {reasons[0]}")
-    return reasons
+    return scores, unusable(pool, scores)
 
 
 @torch.no_grad()
@@ -160,7 +161,7 @@ def mean_shift(teacher, layers, pool, indices):
     device, squares = next(teacher.parameters()).device, []
     for batch in DataLoader(Subset(pool, indices), BATCH):
         with capture_bn_inputs(teacher, layers) as captured:
-            teacher(as_input(batch[1], device))
+            run_until(teacher, as_input(batch[1], device), layers)
         squares += [((mean - layers[name].running_mean).square()
                      / (layers[name].running_var + layers[name].eps)).mean(dim=1)
                     for name, (mean, _) in captured.items()]                      # L times (B,)

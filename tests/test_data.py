@@ -1,13 +1,12 @@
 """data.py against hand-computed geometry; what is found in a wild pool; what batches promise."""
 
-import itertools
 import os
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from pictures import coordinates, folder, mask, write
+from pictures import coordinates, write
 from PIL import Image
 
 from support.data import (
@@ -22,7 +21,6 @@ from support.data import (
     view,
     whole_view,
 )
-from support.labelled import open_labelled
 from support.records import write_csv
 
 # ---------------------------------------------------------------- files and single images

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import with_random_statistics
+from pictures import coordinates, folder, mask, write
 from PIL import Image
 from torch import nn
 
 import distill
 from export import export
 from models import build_model, wrap
-from pictures import coordinates, folder, mask, write
 from support import checkpoint, evaluation, plots
 from support.data import Views, find_images, load_image
 from support.labelled import CAMVID, class_colours, open_labelled

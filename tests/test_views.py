@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pictures import coordinates, folder, mask, write
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
 import support.answers as program
-from pictures import coordinates, folder, mask, write
 from support.answers import Kept, answers_of, keep
 from support.data import Batches, Views
 from support.labelled import open_labelled
