@@ -2,8 +2,8 @@
 
 Idea    A pinhole camera projects a street in metres, and each shape goes into image and label map
         by one call, so the labels are exact: the teacher's private world. Most of the wild pool
-        shows no street; a minority does (toy town, high camera, night) with another palette,
-        camera and mix. Ours throughout: an illustration, not evidence about photographs.
+        shows no street; a minority does (toy town, high camera, night), in other colours and seen
+        by another camera. Ours throughout: an illustration, not evidence about photographs.
 Use it  from support.scenes import CLASSES, PALETTE, street_scene, wild_image, write_scenes
 Run it  python -m support.scenes    writes the contact sheet scenes.png in about a second.
 
@@ -11,10 +11,8 @@ Each picture depends on (seed, split or pool, index, size) alone. Lengths on the
 heights, lengths in a scene in metres: X to the right, Y up, Z away from the camera.
 """
 import colorsys
-import csv
 import math
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -25,504 +23,338 @@ PALETTE = ((70, 130, 180), (88, 80, 84), (128, 64, 128), (244, 35, 232),
 SKY, BUILDING, ROAD, PAVEMENT, TREE, CAR, PERSON, SIGN = range(8)
 STREAMS = {"train": 0, "val": 1, "pool": 2}
 SUPERSAMPLE = 3    # drawn this many times too large, then averaged: PIL draws hard edges
-GRAIN = np.array((1.5, 3, 4, 3, 6, 2, 3, 2), np.float32)    # noise of each class, grey levels
-ANY = ((0, 1), (0.1, 0.9), (0.3, 0.95))    # ranges of hue, saturation, value
 
+# Colours are ranges of (hue, saturation, value), of which each thing picks its own.
+ZENITH = (0.56, 0.62), (0.25, 0.6), (0.68, 0.92)
+LOW_SKY = (0.07, 0.13), (0.03, 0.16), (0.86, 0.95)
+WALLS = (0.01, 0.14), (0.08, 0.45), (0.62, 0.95)
+GLASS = (0.55, 0.62), (0.15, 0.4), (0.22, 0.5)
+ASPHALT = (0.6, 0.7), (0.02, 0.07), (0.4, 0.5)
+SLABS = (0.07, 0.13), (0.03, 0.1), (0.52, 0.66)
+LEAVES = (0.2, 0.32), (0.4, 0.65), (0.36, 0.52)
+TAN = (0.03, 0.12), (0.3, 0.6), (0.4, 0.9)    # of skin and wood
+ANY = (0, 1), (0.1, 0.9), (0.3, 0.95)
+DARK, WHITE, RED, LAMP = (24, 26, 40), (236, 236, 230), (206, 30, 36), (255, 190, 100)
+FULL = (0, 0), (1, 0), (1, 1), (0, 1)    # the shape of a whole face
 
-class Style(NamedTuple):
-    """What sets one street world apart; colours are ranges of (hue, saturation, value)."""
-    height: tuple = (1.8, 2.2)       # of the camera, in metres
-    horizon: tuple = (0.44, 0.52)    # in image heights from the top
-    focal: tuple = (0.92, 1.02)      # in image heights
-    zenith: tuple = ((0.56, 0.62), (0.25, 0.6), (0.68, 0.92))
-    low_sky: tuple = ((0.07, 0.13), (0.03, 0.16), (0.86, 0.95))
-    walls: tuple = ((0.01, 0.14), (0.08, 0.45), (0.62, 0.95))
-    window: tuple = ((0.55, 0.62), (0.15, 0.4), (0.22, 0.5))
-    asphalt: tuple = ((0.6, 0.7), (0.02, 0.07), (0.4, 0.5))
-    slabs: tuple = ((0.07, 0.13), (0.03, 0.1), (0.52, 0.66))
-    leaves: tuple = ((0.2, 0.32), (0.4, 0.65), (0.36, 0.52))
-    paint: tuple = ((0, 1), (0.05, 0.85), (0.28, 0.92))    # of cars and clothes
-    shadow: tuple = (24, 26, 44)     # at night this "shadow" is a pool of lamp light
-    crowd: int = 5                   # persons, at most
-
-
-PRIVATE = Style()
-TOY = Style((2.4, 3.2), (0.3, 0.38), (0.75, 0.9), ((0.44, 0.54), (0.5, 0.8), (0.85, 1)),
-            ((0.14, 0.17), (0.3, 0.5), (0.95, 1)), ((0, 1), (0.55, 0.9), (0.8, 1)),
-            ((0.14, 0.17), (0.2, 0.5), (0.9, 1)), ((0.72, 0.8), (0.2, 0.35), (0.5, 0.65)),
-            ((0.08, 0.14), (0.35, 0.55), (0.85, 0.95)), ((0.3, 0.42), (0.7, 0.9), (0.6, 0.85)),
-            ((0, 1), (0.7, 1), (0.8, 1)), crowd=3)
-HIGH = Style((7, 11), (0.06, 0.18), (0.85, 1), walls=((0.5, 0.62), (0.05, 0.3), (0.5, 0.8)),
-             asphalt=((0.05, 0.1), (0.05, 0.15), (0.5, 0.6)), crowd=8,
-             slabs=((0.22, 0.3), (0.15, 0.35), (0.45, 0.6)))
-NIGHT = Style((1.2, 1.5), (0.48, 0.56), (1.05, 1.2), ((0.6, 0.7), (0.5, 0.8), (0.06, 0.16)),
-              ((0.6, 0.8), (0.4, 0.6), (0.2, 0.34)), ((0.58, 0.75), (0.2, 0.5), (0.12, 0.26)),
-              ((0.1, 0.15), (0.4, 0.7), (0.15, 1)), ((0.6, 0.7), (0.2, 0.4), (0.1, 0.16)),
-              ((0.6, 0.7), (0.15, 0.3), (0.18, 0.25)), ((0.35, 0.5), (0.4, 0.6), (0.1, 0.18)),
-              ((0, 1), (0.3, 0.8), (0.15, 0.4)), (255, 180, 90), 2)
-
-
-def pick(rng, ranges):
-    hue, saturation, value = (rng.uniform(*r) for r in ranges)
-    return tuple(int(255 * v) for v in colorsys.hsv_to_rgb(hue % 1, saturation, value))
+# Street worlds: ranges of the camera's height and, in image heights from the top, of its horizon;
+# spread of hues, factors of saturation and value; glow of windows (1 is a lamp); shadows' colour.
+PRIVATE = (1.8, 2.2), (0.44, 0.52), (0, 1, 1), 0.2, DARK
+RELATED = {"toy_street": ((2.4, 3.2), (0.3, 0.38), (0.2, 2.2, 1.3), 0.9, DARK),
+           "street_high": ((7, 11), (0.06, 0.18), (0.1, 1.3, 1), 0.2, DARK),
+           "night": ((1.2, 1.5), (0.48, 0.56), (0, 1, 0.22), 1, LAMP)}    # pools of light
 
 
 def mix(a, b, t):
-    keep = 1 - t
-    return int(a[0] * keep + b[0] * t), int(a[1] * keep + b[1] * t), int(a[2] * keep + b[2] * t)
-
-
-def shade(colour, factor):
-    return tuple([min(255, int(v * factor)) for v in colour])
-
-
-def disc(x, y, rx, ry, corners=20):
-    turns = [2 * math.pi * k / corners for k in range(corners)]
-    return [(x + rx * math.cos(t), y + ry * math.sin(t)) for t in turns]
-
-
-class Canvas:
-    """Image, label map and camera; one call draws into both, so that they cannot drift apart."""
-
-    def __init__(self, size):
-        self.size, self.unit, self.aspect = size, SUPERSAMPLE * size[0], size[1] / size[0]
-        large = (SUPERSAMPLE * size[1], SUPERSAMPLE * size[0])
-        self.image, self.label = Image.new("RGB", large), Image.new("L", large)
-        self.pens = ImageDraw.Draw(self.image), ImageDraw.Draw(self.label)
-
-    def look(self, height, horizon, focal, haze, reach, shift=0.0, turn=0.0):
-        """Set the camera; haze hides 63 % of a colour at a distance of reach metres."""
-        self.height, self.horizon, self.focal, self.shift = height, horizon, focal, shift
-        self.haze, self.reach, self.middle = haze, reach, self.aspect * (0.5 + turn)
-
-    def at(self, x, y, z):
-        scale = self.focal / (z if z > 0.4 else 0.4)    # never behind the camera
-        return self.middle + (x - self.shift) * scale, self.horizon + (self.height - y) * scale
-
-    def draw(self, points, colour, label=None, shape="polygon", **how):
-        pixels = [(x * self.unit, y * self.unit) for x, y in points]
-        getattr(self.pens[0], shape)(pixels, fill=colour, **how)
-        if label is not None:    # a detail inside its own class need not be labelled again
-            getattr(self.pens[1], shape)(pixels, fill=label, **how)
-
-    def oval(self, x, y, rx, ry, colour, label=None):
-        self.draw([(x - rx, y - ry), (x + rx, y + ry)], colour, label, "ellipse")
-
-    def line(self, points, width, colour, label=None):
-        self.draw(points, colour, label, "line", width=max(1, round(width * self.unit)))
-
-    def face(self, corners, colour, label=None):
-        """Draw a polygon given by (X, Y, Z) corners, behind the haze of its nearest corner."""
-        far = 1 - math.exp(-max(0, min([p[2] for p in corners])) / self.reach)
-        self.draw([self.at(*p) for p in corners], mix(colour, self.haze, far), label)
-
-    def decal(self, quad, shape, colour, label=None):
-        """Draw a shape on a quad; its points are fractions (right, up) of the quad's sides."""
-        (ax, ay, az), (bx, by, bz), (cx, cy, cz), (dx, dy, dz) = quad
-        corners = []
-        for s, t in shape:
-            a, b, c, d = (1 - s) * (1 - t), s * (1 - t), s * t, (1 - s) * t
-            corners.append((a * ax + b * bx + c * cx + d * dx, a * ay + b * by + c * cy + d * dy,
-                            a * az + b * bz + c * cz + d * dz))
-        self.face(corners, colour, label)
-
-    def visible(self, quad):
-        """Say whether a face looks at the camera and is not beside the picture."""
-        (ax, ay), (bx, by), _, (dx, dy) = (self.at(*p) for p in quad)
-        return ((bx - ax) * (dy - ay) < (dx - ax) * (by - ay)
-                and max(ax, bx, dx) > 0 and min(ax, bx, dx) < self.aspect)
-
-    def soft(self, shapes, colour, strength, blur):
-        """Lay a blurred, translucent colour over the shapes: shadows, clouds, light."""
-        height, width = self.size
-        mask = Image.new("L", (width, height))
-        for shape in shapes:
-            ImageDraw.Draw(mask).polygon([(x * height, y * height) for x, y in shape],
-                                         fill=int(255 * strength))
-        mask = mask.filter(ImageFilter.GaussianBlur(blur * height))
-        self.image.paste(colour, mask=mask.resize(self.image.size, Image.BILINEAR))
-
-    def field(self, values, top=0.0, bottom=1.0):
-        """Stretch a small array (h, w, 3) of colours smoothly over the rows from top to bottom."""
-        small = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
-        rows = round(top * self.unit), round(bottom * self.unit)
-        self.image.paste(small.resize((self.image.width, rows[1] - rows[0]), Image.BICUBIC),
-                         (0, rows[0]))
-
-    def develop(self, rng, grain, cast):
-        """Average down, then add what the camera does: grain, vignette, colour cast."""
-        height, width = self.size
-        pixels = np.asarray(self.image.reduce(SUPERSAMPLE), np.float32)        # (H, W, 3)
-        label = self.label.resize((width, height), Image.NEAREST)
-        strength = GRAIN[np.asarray(label)] if grain is None else np.float32(grain)
-        noise = rng.standard_normal((height, width), dtype=np.float32)         # (H, W)
-        y, x = np.ogrid[-1:1:height * 1j, -1:1:width * 1j]
-        vignette = (1 - 0.06 * (x * x + y * y)).astype(np.float32)
-        gain = rng.uniform(1 - cast, 1 + cast, 3).astype(np.float32)
-        pixels = (pixels + (strength * noise)[..., None]) * vignette[..., None] * gain
-        return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), label
-
-
-def ring(x, z, angle, back, front, half, y):
-    """Return the four corners of a turned rectangle, left to right as seen from behind it."""
-    sin, cos = math.sin(angle), math.cos(angle)
-    return [(x + u * sin + v * cos, y, z + u * cos - v * sin)
-            for u, v in ((back, -half), (back, half), (front, half), (front, -half))]
-
-
-def box(x, z, angle, back, front, half, low, high, inset=(0.0, 0.0, 0.0)):
-    """Return faces rear, right, front, left, top; the top is inset at back, front and sides."""
-    base = ring(x, z, angle, back, front, half, low)
-    top = ring(x, z, angle, back + inset[0], front - inset[1], half - inset[2], high)
-    return [*((base[i], base[(i + 1) % 4], top[(i + 1) % 4], top[i]) for i in range(4)), top]
+    """Return what lies t of the way (1 is b, more lies beyond) from a to b: points or colours."""
+    return a[0] + t * (b[0] - a[0]), a[1] + t * (b[1] - a[1]), a[2] + t * (b[2] - a[2])
 
 
 def rect(left, right, low, high):
     return (left, low), (right, low), (right, high), (left, high)
 
 
-def car(c, rng, style, x, z, angle=0.0):
-    """Draw a hull with lamps and wheels, then a cabin with windows: both are convex boxes."""
-    paint, glass, dark = pick(rng, style.paint), pick(rng, style.window), (26, 26, 30)
-    length, half, belt = rng.uniform((1.9, 0.86, 0.85), (2.2, 0.95, 0.98)).tolist()
-    nose, high = ((0.3, 0.58), (0.75, 0.95))[rng.uniform() < 0.2]    # a saloon or a van
-    end = ((rect(0, 1, -0.08, 0.26), shade(paint, 0.45)),
-           (rect(0.36, 0.64, 0.3, 0.5), (226, 226, 214)),
-           (rect(0.05, 0.21, -0.5, -0.05), dark), (rect(0.79, 0.95, -0.5, -0.05), dark))
-    rear, front = (((rect(0.03, 0.23, 0.5, 0.82), lamp), (rect(0.77, 0.97, 0.5, 0.82), lamp), *end)
-                   for lamp in ((235, 36, 30), (255, 250, 220)))
-    wheels = [(disc(axle, 0.02, size, 6.4 * size, 14), colour) for axle in (0.19, 0.81)
-              for size, colour in ((0.085, dark), (0.045, (168, 170, 176)))]
+def disc(x, y, rx, ry):
+    return [(x + rx * math.cos(k * math.pi / 6), y + ry * math.sin(k * math.pi / 6))
+            for k in range(12)]
+
+
+class Canvas:
+    """Image, label map and camera; one call draws into both, so that they cannot drift apart."""
+
+    def __init__(self, size, rng, style=PRIVATE):
+        self.size, self.rng = size, rng
+        height, horizon, (self.spread, self.vivid, self.light), self.glow, self.shadow = style
+        self.unit, self.aspect = SUPERSAMPLE * size[0], size[1] / size[0]
+        large = (SUPERSAMPLE * size[1], SUPERSAMPLE * size[0])
+        self.image, self.label = Image.new("RGB", large), Image.new("L", large)
+        self.pens = ImageDraw.Draw(self.image), ImageDraw.Draw(self.label)
+        self.height, self.horizon = rng.uniform(*height), rng.uniform(*horizon)
+        self.focal, self.shift = rng.uniform(0.9, 1.04), 0
+        self.middle = self.aspect * rng.uniform(0.38, 0.62)
+        self.haze, self.reach = self.pick(LOW_SKY), rng.uniform(110, 200)
+
+    def pick(self, colour):
+        """Return one (R, G, B) of the ranges of a colour, as the style shows it."""
+        hue, saturation, value = (self.rng.uniform(*ends) for ends in colour)
+        hue += self.rng.uniform(-self.spread, self.spread)
+        rgb = colorsys.hsv_to_rgb(hue % 1, min(1, saturation * self.vivid), value * self.light)
+        return mix((0, 0, 0), rgb, 255)
+
+    def at(self, point):
+        scale = self.focal / max(point[2], 0.4)    # never behind the camera
+        return (self.middle + (point[0] - self.shift) * scale,
+                self.horizon + (self.height - point[1]) * scale)
+
+    def draw(self, points, colour, label=None, shape="polygon", **how):
+        pixels = [(x * self.unit, y * self.unit) for x, y in points]
+        getattr(self.pens[0], shape)(pixels, fill=tuple(map(int, colour)), **how)
+        if label is not None:
+            getattr(self.pens[1], shape)(pixels, fill=label, **how)
+
+    def oval(self, x, y, rx, ry, colour, label=None):
+        self.draw([(x - rx, y - ry), (x + rx, y + ry)], colour, label, "ellipse")
+
+    def face(self, corners, parts, label=None):
+        """Draw parts, pairs (shape, colour), in fractions (right, up) of the face's sides."""
+        a, b, c, d = corners
+        (ax, ay), (bx, by), (dx, dy) = self.at(a), self.at(b), self.at(d)
+        if ((bx - ax) * (dy - ay) >= (dx - ax) * (by - ay)
+                or max(ax, bx, dx) < 0 or min(ax, bx, dx) > self.aspect):
+            return    # it looks away or is beside the picture
+        far = min(0.75, min(a[2], b[2], c[2], d[2]) / self.reach)
+        for shape, colour in parts:
+            points = [self.at(mix(mix(a, b, s), mix(d, c, s), t)) for s, t in shape]
+            self.draw(points, mix(colour, self.haze, far), label)
+
+    def board(self, x, z, half, low, high, parts, label):
+        self.face([(a, b, z) for a, b in rect(x - half, x + half, low, high)], parts, label)
+
+    def floor(self, left, right, near, far, colour, label=None):
+        self.face([(x, 0, z) for x, z in rect(left, right, near, far)], [(FULL, colour)], label)
+
+    def box(self, place, low, high, base, top, colour, label=None, parts=((), (), (), ())):
+        """Draw a block; place is (X, Z, turn), base and top (back, front, half the width)."""
+        x, z, sin, cos = place[0], place[1], math.sin(place[2]), math.cos(place[2])
+        below, above = ([(x + u * sin + v * cos, y, z + u * cos - v * sin)
+                         for u, v in ((back, -half), (back, half), (front, half), (front, -half))]
+                        for y, (back, front, half) in ((low, base), (high, top)))
+        for i in range(4):
+            corners = below[i], below[i - 3], above[i - 3], above[i]
+            self.face(corners, [(FULL, mix(DARK, colour, 0.84 + 0.12 * (i % 2))), *parts[i]], label)
+        self.face(above, [(FULL, mix(DARK, colour, 1.14))], label)
+
+    def soft(self, shapes, colour, strength, blur):
+        """Lay a blurred, translucent colour over the shapes: shadows, clouds, light."""
+        mask = Image.new("L", self.size[::-1])
+        for shape in shapes:
+            pixels = [(x * self.size[0], y * self.size[0]) for x, y in shape]
+            ImageDraw.Draw(mask).polygon(pixels, fill=int(255 * strength))
+        mask = mask.filter(ImageFilter.GaussianBlur(blur * self.size[0]))
+        self.image.paste(tuple(map(int, colour)), mask=mask.resize(self.image.size, Image.BILINEAR))
+
+    def field(self, colours, top=0.0, bottom=1.0):
+        """Stretch a small array (h, w, 3) of colours smoothly over the rows from top to bottom."""
+        small = Image.fromarray(np.clip(colours, 0, 255).astype(np.uint8))
+        top, bottom = round(top * self.unit), round(bottom * self.unit)
+        self.image.paste(small.resize((self.image.width, bottom - top), Image.BICUBIC), (0, top))
+
+    def develop(self, cast):
+        """Return (image, label): averaged down, with the camera's grain and colour cast."""
+        pixels = np.asarray(self.image.reduce(SUPERSAMPLE), np.float32)               # (H, W, 3)
+        grain = self.rng.standard_normal((*self.size, 1), np.float32) * self.rng.uniform(1, 4)
+        pixels = (pixels + grain) * self.rng.uniform(1 - cast, 1 + cast, 3)
+        return (Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)),
+                self.label.resize(self.size[::-1], Image.NEAREST))
+
+
+def car(c, x, z):
+    """Draw a hull with lamps and wheels, then a cabin with windows."""
+    length, nose, high = c.rng.uniform((1.9, 0.6, 0.55), (2.2, 1.4, 0.85)).tolist()
+    turn = (math.pi if x < 0 else 0) + 1.5 * (c.rng.uniform() < 0.1)    # few stand across
+    paint, glass = c.pick(ANY), c.pick(GLASS)
+    end = [(rect(0, 1, -0.08, 0.26), mix(DARK, paint, 0.45)), (rect(0.36, 0.64, 0.3, 0.5), WHITE),
+           (rect(0.05, 0.21, -0.5, -0.05), DARK), (rect(0.79, 0.95, -0.5, -0.05), DARK)]
+    rear, front = ([*end, (rect(0.03, 0.23, 0.5, 0.82), lamp), (rect(0.77, 0.97, 0.5, 0.82), lamp)]
+                   for lamp in (RED, WHITE))
+    wheels = [(disc(axle, 0, size, 6.5 * size), colour) for axle in (0.19, 0.81)
+              for size, colour in ((0.085, DARK), (0.045, WHITE))]
     screen = [(rect(0.09, 0.91, 0.16, 0.86), glass)]
-    panes = [(rect(left, left + 0.41, 0.14, 0.84), glass) for left in (0.07, 0.53)]
-    hull = box(x, z, angle, -length, length, half, 0.3, belt, (0.05, 0.1, 0.04))
-    cabin = box(x, z, angle, -0.95 * length, nose * length, half - 0.06, belt, belt + high,
-                (0.4, 0.5, 0.16))
-    parts = (rear, wheels, front, wheels, (), screen, panes, screen, panes, ())
-    for face, light, details in zip(hull + cabin, 2 * (0.82, 0.95, 0.82, 0.95, 1.14), parts,
-                                    strict=True):
-        if c.visible(face):
-            c.face(face, shade(paint, light), CAR)
-            for shape, colour in details:
-                c.decal(face, shape, colour, CAR)
+    panes = [(rect(0.07, 0.48, 0.14, 0.84), glass), (rect(0.53, 0.94, 0.14, 0.84), glass)]
+    hull, foot, roof = (-length, length, 0.9), (-1.85, nose, 0.84), (-1.6, nose - 0.5, 0.7)
+    c.box((x, z, turn), 0.3, 0.92, hull, hull, paint, CAR, (rear, wheels, front, wheels))
+    c.box((x, z, turn), 0.92, 0.92 + high, foot, roof, paint, CAR, (screen, panes, screen, panes))
 
 
-def tree(c, rng, style, x, z):
-    """Draw a trunk and three layers of leaves, each lighter, smaller and nearer to the light."""
-    height, radius = rng.uniform(3.4, 5.2), rng.uniform(1.3, 2.0) * c.focal / z
-    leaf = mix(pick(rng, style.leaves), c.haze, 1 - math.exp(-z / c.reach))
-    c.face([(x - 0.2, 0, z), (x + 0.2, 0, z), (x + 0.12, height, z), (x - 0.12, height, z)],
-           mix(shade(leaf, 0.6), (70, 48, 34), 0.7), TREE)
-    mx, my = c.at(x, height, z)
-    for count, size, tone in ((7, 0.48, 0.62), (9, 0.32, 0.92), (11, 0.19, 1.2)):
-        rise = 0.22 * (tone - 0.62) * radius
-        count = int(count * min(1, 5 * radius)) + 2    # a small crown needs fewer leaves
-        for turn, far, swell in rng.uniform(size=(count, 3)).tolist():
-            turn, far = 2 * math.pi * turn, 0.72 * radius * math.sqrt(far)
-            blob = size * radius * (0.75 + 0.5 * swell)
-            c.oval(mx + far * math.cos(turn) - rise, my + far * math.sin(turn) - rise,
-                   blob, 0.85 * blob, shade(leaf, tone * (0.92 + 0.16 * swell)), TREE)
+def tree(c, x, z):
+    """Draw a trunk, then leaves from large and dark to small and light."""
+    high, radius = c.rng.uniform(3.4, 5.2), c.rng.uniform(1.3, 2) * c.focal / z
+    leaf, (mx, my) = mix(c.pick(LEAVES), c.haze, z / c.reach), c.at((x, high, z))
+    c.board(x, z, 0.15, 0, high, [(FULL, mix(DARK, leaf, 0.3))], TREE)
+    leaves = c.rng.normal(-0.1, 0.36, (12 + int(60 * radius), 2)).tolist()    # few if it is small
+    for k, (dx, dy) in enumerate(leaves):
+        size, tone = radius * (0.55 - 0.4 * k / len(leaves)), 0.6 + 0.65 * k / len(leaves)
+        c.oval(mx + radius * dx, my + radius * dy, size, 0.85 * size, mix(DARK, leaf, tone), TREE)
 
 
-def person(c, rng, style, x, z):
-    size, wide, step = rng.uniform((1.7, 0.25, 0), (2, 0.33, 0.8)).tolist()
-    coat, legs = pick(rng, style.paint), pick(rng, style.paint)
-    skin, hair = (pick(rng, ((0.07, 0.08), (0.3, 0.6), v)) for v in ((0.4, 0.95), (0.1, 0.5)))
-    for shape, colour in (
-            (((-0.6, 0.5), (0, 0.5), (-0.1 - step, 0), (-0.7 - step, 0)), shade(legs, 0.6)),
-            (((0, 0.5), (0.6, 0.5), (0.7 + step, 0), (0.1 + step, 0)), shade(legs, 0.75)),
-            (rect(-1.3, 1.3, 0.47, 0.8), shade(coat, 0.75)),    # arms
-            (((-.8, .45), (.8, .45), (1.1, .83), (.7, .86), (-.7, .86), (-1.1, .83)), coat),
-            (disc(0, 0.94, 0.6, 0.1, 12), hair), (disc(0.1, 0.92, 0.48, 0.08, 12), skin)):
-        c.face([(x + wide * a, size * b, z) for a, b in shape], colour, PERSON)
+def person(c, x, z):
+    high, half, step = c.rng.uniform((1.7, 0.32, 0), (2, 0.42, 0.3)).tolist()
+    coat, legs, skin = c.pick(ANY), c.pick(ANY), c.pick(TAN)
+    c.board(x, z, half, 0, high, (
+        (((0.2, 0.5), (0.5, 0.5), (0.46 - step, 0), (0.2 - step, 0)), mix(DARK, legs, 0.6)),
+        (((0.5, 0.5), (0.8, 0.5), (0.8 + step, 0), (0.54 + step, 0)), mix(DARK, legs, 0.8)),
+        (rect(0, 1, 0.47, 0.8), mix(DARK, coat, 0.75)), (rect(0.2, 0.8, 0.45, 0.84), coat),
+        (disc(0.5, 0.93, 0.22, 0.09), skin)), PERSON)
 
 
-def sign(c, rng, style, x, z):
+def sign(c, x, z):
     """Draw a pole with a round, three-cornered or square plate, or with a traffic light."""
-    high, kind, lit = rng.uniform(2.2, 2.9), rng.integers(4), rng.integers(3)
-    red, white = (206, 30, 36), (238, 238, 234)
-    plates = (
-        ((disc(0, 0, 1, 1), red), (disc(0, 0, 0.65, 0.65), white), (rect(-.4, .4, -.15, .15), red)),
-        ((((-1.1, -.6), (1.1, -.6), (0, 1.2)), red), (((-.6, -.35), (.6, -.35), (0, .6)), white)),
-        ((rect(-1, 1, -1, 1), (30, 84, 180)), (((-0.6, -0.5), (0.6, -0.5), (0, 0.7)), white)),
-        ((rect(-0.7, 0.7, -1.5, 1.5), (34, 36, 38)), *(
-            (disc(0, 0.95 - 0.95 * k, 0.38, 0.38), shade(lamp, 1 if k == lit else 0.3))
-            for k, lamp in enumerate(((255, 60, 40), (255, 190, 40), (70, 240, 120))))))
-    for shape, colour in ((rect(-0.15, 0.15, -high / 0.48, 0), (120, 122, 126)), *plates[kind]):
-        c.face([(x + 0.48 * a, high + 0.48 * b, z) for a, b in shape], colour, SIGN)
+    high, middle = c.rng.uniform(1.8, 2.5), disc(0.5, 0.4, 0.24, 0.24)
+    plates = (((disc(0.5, 0.5, 0.5, 0.5), RED), (middle, WHITE)),
+              ((((-0.1, 0), (1.1, 0), (0.5, 1.1)), RED), (middle, WHITE)),
+              ((FULL, (30, 84, 180)), (middle, WHITE)),
+              ((rect(0.15, 0.85, -0.3, 1.3), DARK), (middle, (70, 240, 120))))
+    pole = rect(0.42, 0.58, -high / 0.92, 0), (120, 122, 126)
+    c.board(x, z, 0.46, high, high + 0.92, (pole, *plates[c.rng.integers(4)]), SIGN)
 
 
-def house(c, rng, style, x, z, length, height, tone):
-    """Draw a block with a ground floor of doors, rows of windows and, perhaps, a pitched roof."""
-    wall, dim, lit = pick(rng, style.walls), pick(rng, style.window), pick(rng, style.window)
-    columns, levels, ground = round(0.8 * length), round((height - 3.2) / 2.9), 3.2 / height
-    roof = box(x, z, 0, -length, length, 6.3, height, height + 2, (0.3, 0.3, 6))
-    for face in filter(c.visible, roof if rng.uniform() < 0.6 else ()):
-        c.face(face, mix(shade(wall, 0.6), (90, 50, 40), 0.4), BUILDING)
-    for side, face in enumerate(box(x, z, 0, -length, length, 6, 0, height)):
-        if not c.visible(face):
-            continue
-        light = tone if side % 2 else 0.86
-        c.face(face, shade(wall, light), BUILDING)
-        if side % 2 == 0 or z > 26 + length:    # behind the neighbour, or too small to see
-            continue
-        c.decal(face, rect(0, 1, 0, ground), shade(wall, 0.6 * light))
-        for i in range(columns):
-            door, *glow = rng.uniform(size=levels + 1).tolist()
-            right = (i + 0.5 + 0.35 * door) / columns
-            c.decal(face, rect((i + 0.15) / columns, right, 0, 0.8 * ground), dim)
-            for j in range(levels):
-                low, rise = ground + (1 - ground) * (j + 0.2) / levels, 0.55 * (1 - ground) / levels
-                c.decal(face, rect((i + 0.26) / columns, (i + 0.74) / columns, low, low + rise),
-                        mix(dim, lit, glow[j]))
+def house(c, x, z, tone):
+    """Draw a block with rows of windows above a row of doors, and a roof, flat or steep."""
+    wall, glass = c.pick(WALLS), c.pick(GLASS)
+    height, length, rise = c.rng.uniform((7, 4.8, 0.2), (10, 5.5, 2.2)).tolist()
+    columns, levels, ends = c.rng.integers(3, 5), round(height / 2.9), (-length, length, 6)
+    c.box((x, z, 0), height, height + rise, (-length, length, 6.3), (0.3 - length, length, 0.3),
+          mix((60, 30, 28), wall, 0.4), BUILDING)
+    front = [(rect(0, 1, 0, 1 / levels), mix(DARK, wall, 0.6 * tone))]
+    for i, j in np.ndindex(columns, levels if z < 20 + length else 0):    # else too small to see
+        low = (j + 0.2) / levels if j else 0
+        pane = rect((i + 0.26) / columns, (i + 0.74) / columns, low, (j + 0.78) / levels)
+        front.append((pane, mix(glass, LAMP, c.glow * c.rng.uniform())))
+    c.box((x, z, 0), 0, height, ends, ends, mix(DARK, wall, tone), BUILDING, ((), front, (), front))
 
 
-def floor(c, left, right, colour, label, near=1.5, far=400):
-    """Draw a strip of ground in short pieces, because haze is constant within one piece."""
-    while near < far:
-        end = min(2 * near + 3, far)
-        c.face([(left, 0, near), (right, 0, near), (right, 0, end), (left, 0, end)], colour, label)
-        near = end
-
-
-def backdrop(c, rng, style):
-    """Choose the camera; draw the sky, its clouds and, far away, houses and woods in the haze."""
-    low = pick(rng, style.low_sky)
-    camera = (rng.uniform(*r) for r in (style.height, style.horizon, style.focal))
-    c.look(*camera, low, *rng.uniform((90, 0, -0.12), (160, 3, 0.12)).tolist())
-    c.field([[pick(rng, style.zenith)], [low]], 0, c.horizon + 0.02)
-    c.soft([disc(x * c.aspect, c.horizon * y, 0.1 + 0.3 * w, 0.02 + 0.03 * w)
-            for x, y, w in rng.uniform(size=(5, 3))], shade(low, 1.08), 0.6, 0.04)
-    for x, high, kind in rng.uniform((-90, 5, 0), (90, 15, 1), (24, 3)).tolist():
-        ranges, label = (style.walls, BUILDING) if kind < 0.5 else (style.leaves, TREE)
-        c.face([(x - 7, 0, 150), (x + 7, 0, 150), (x + 6, high, 150), (x - 6, high, 150)],
-               pick(rng, ranges), label)
-
-
-def houses(rng, edge, sun):
-    """Return two rows of houses, with a tree in some gaps, as (z, draw, x, ...)."""
-    rows = []
-    for side in (-1, 1):
-        z = rng.uniform(2, 4)
-        while z < 75:
-            length, height, gap = rng.uniform((3.5, 5.5, 0), (7, 11, 1)).tolist()
-            if gap < 0.2:
-                rows.append((z + 3, tree, side * (edge + 3)))
-                z += 4 + 15 * gap
-            light = 0.74 if side == sun else 1.08
-            rows.append((z + length, house, side * (edge + 6), length, height, light))
-            z += 2 * length
-    return rows
-
-
-def traffic(c, rng, style, half):
-    """Return cars, trees, persons and signs as (z, draw, x, angle), all inside the picture."""
-    things = []
-    def put(thing, x, low, high, *angle):
-        z = max(rng.uniform(low, high), 2.3 * c.focal / c.aspect * abs(x - c.shift))
-        things.append((z, thing, x, *angle))
-    for side, heading in ((-1, math.pi), (1, 0)):
-        for k in range(rng.integers(0, 3)):
-            put(car, side * (half - 1.05), 8 + 6 * k, 10 + 6 * k, heading)
-        for k in range(rng.integers(1, 4)):
-            put(tree, side * (half + 1.2), 8 + 9 * k, 15 + 9 * k)
-        if rng.uniform() < 0.6:
-            put(car, side * half * 0.27, 7, 20, heading)
-    if rng.uniform() < 0.25:    # one comes out of a side street
-        put(car, rng.uniform(-3, 3), 9, 13, rng.choice((-1, 1)) * rng.uniform(1.3, 1.7))
-    for _ in range(rng.integers(style.crowd // 2, style.crowd + 1)):
-        aside = rng.choice((-1, 1)) * (half + rng.uniform(0.4, 2.2))
-        put(person, aside if rng.uniform() < 0.7 else rng.uniform(-half, half), 5.5, 10)
-    for _ in range(rng.integers(1, 4)):
-        put(sign, rng.choice((-1, 1)) * (half + 0.35), 5.5, 9)
-    return things
-
-
-def street(c, rng, style=PRIVATE):
-    """Draw, far to near: sky, ground, two rows of houses, shadows, and all that stands about."""
-    half, walk, sun = rng.uniform(3.9, 4.6), rng.uniform(2.8, 3.8), rng.choice((-1, 1))
-    backdrop(c, rng, style)
-    edge, slabs, white = half + walk, pick(rng, style.slabs), (218, 218, 210)
-    floor(c, -200, 200, slabs, PAVEMENT)
-    for z in range(4, 30, 2):    # joints between the slabs; the road covers their middle
-        floor(c, -edge, edge, shade(slabs, 0.86), None, z, z + 0.12)
-    floor(c, -half - 0.16, half + 0.16, shade(slabs, 1.18), PAVEMENT)
-    floor(c, -half, half, pick(rng, style.asphalt), ROAD)
-    for z in range(2, 60, 5):
-        floor(c, -0.08, 0.08, white, None, z, z + 2.6)
-    zebra = rng.uniform(6, 18)
+def backdrop(c, half):
+    """Draw sky, ground, clouds, haze on the horizon and, far away, houses and woods."""
+    slabs, zebra = c.pick(SLABS), c.rng.uniform(6, 18)
+    c.field([[c.pick(ZENITH)], [c.haze]], 0, c.horizon + 0.02)
+    c.floor(-200, 200, 1.5, 400, slabs, PAVEMENT)
+    c.floor(-half, half, 1.5, 400, c.pick(ASPHALT), ROAD)
+    clouds = [disc(x * c.aspect, c.horizon * y, 0.1 + 0.3 * w, 0.02 + 0.03 * w)
+              for x, y, w in c.rng.uniform(size=(5, 3))]
+    c.soft([*clouds, rect(0, c.aspect, c.horizon, c.horizon + 0.05)], c.haze, 0.6, 0.03)
+    for x, high, kind in c.rng.uniform((-90, 5, 0), (90, 15, 1), (12, 3)).tolist():
+        colour, label = (WALLS, BUILDING) if kind < 0.5 else (LEAVES, TREE)
+        c.board(x, 150, 7, 0, high, [(FULL, c.pick(colour))], label)
+    for z in range(2, 42, 5):
+        c.floor(-0.08, 0.08, z, z + 2.6, WHITE)
     for x in range(-3, 4) if zebra < 11 else ():
-        floor(c, x - 0.27, x + 0.27, white, None, zebra, zebra + 2.6)
-    for z, thing, x, *more in sorted(houses(rng, edge, sun), key=lambda t: -t[0]):
-        thing(c, rng, style, x, z, *more)
-    tip = edge - rng.uniform(0.5, 4)    # of the shadow that the houses throw
-    shapes = [[c.at(sun * x, 0, z) for x, z in ((edge, 2), (tip, 2), (tip, 90), (edge, 90))]]
-    things = sorted(traffic(c, rng, style, half), key=lambda t: -t[0])
-    for z, thing, x, *angle in things:
-        length, wide = {car: (2.3, 1.1), tree: (1.7, 1.7)}.get(thing, (0.3, 0.8))
-        corners = ring(x - 0.35 * sun * wide, z, sum(angle), -length, length, wide, 0)
-        shapes.append([c.at(*p) for p in corners])
-    c.soft(shapes, style.shadow, 0.45, 0.008)
-    for z, thing, x, *angle in things:
-        thing(c, rng, style, x, z, *angle)
+        c.floor(x - 0.27, x + 0.27, zebra, zebra + 2.6, WHITE)
+
+
+def street(c):
+    """Draw, far to near: the backdrop, two rows of houses, shadows, and all that stands about."""
+    half, walk, c.shift = c.rng.uniform((3.9, 2.8, 0), (4.6, 3.8, 3)).tolist()
+    edge, sun, tip = half + walk, c.rng.choice((-1, 1)), half + c.rng.uniform(-1, 2)
+    backdrop(c, half)
+    for side in (-1, 1):
+        for z in np.arange(c.rng.uniform(70, 80), 0, -11).tolist():
+            house(c, side * (edge + 6), z, 0.78 if side == sun else 1.12)
+    things, shadows = [], [rect(sun * tip, sun * edge, 2, 90)]
+    # Up to so many per side: first Z, steps, least and most distance to the kerb, half a shadow.
+    for thing, most, first, step, low, high, wide in (
+            (car, 4, 7, 6, -3.2, -1, 1.1), (tree, 3, 8, 8, 1.2, 1.2, 1.6),
+            (person, 2, 5, 2.5, -1.5, 2.2, 0.6), (sign, 2, 5.5, 3, 0.35, 0.35, 0.5)):
+        for side, k in np.ndindex(2, most):
+            x = (2 * side - 1) * (half + c.rng.uniform(low, high))
+            z = max(first + step * (k + c.rng.uniform(0, 0.5)),
+                    2.3 * c.focal / c.aspect * abs(x - c.shift))    # inside the picture
+            if c.rng.uniform() < 0.6:
+                things.append((z, thing, x))
+                shadows.append(rect(x - wide, x + wide, z - 2 * wide, z + 2 * wide))
+    c.soft([[c.at((x, 0, z)) for x, z in shape] for shape in shadows], c.shadow, 0.45, 0.008)
+    for z, thing, x in sorted(things, key=lambda t: -t[0]):
+        thing(c, x, z)
 
 
 def street_scene(seed, split, index, size=(64, 96)):
     """Return (image, label) of the private world: PIL "RGB" and "L" with values 0..7."""
     if split not in ("train", "val"):
         raise ValueError(f'split must be "train" or "val", not {split!r}')
-    rng = np.random.default_rng([seed, STREAMS[split], index])
-    c = Canvas(size)
-    street(c, rng)
-    return c.develop(rng, None, 0.04)
+    c = Canvas(size, np.random.default_rng([seed, STREAMS[split], index]))
+    street(c)
+    return c.develop(0.04)
 
 
-def ball(c, x, y, r, colour):
-    """Draw a lit sphere as discs that shrink towards the light."""
-    for k in range(9):
-        c.oval(x - 0.04 * k * r, y - 0.045 * k * r, r * (1 - 0.1 * k), r * (1 - 0.1 * k),
-               shade(colour, 0.5 + 0.1 * k))
+def fruit(c):
+    edge, wood = c.rng.uniform(0.35, 0.55), c.pick(TAN)
+    c.field([[c.pick(ANY)]], 0, edge)
+    c.field([[mix(DARK, wood, 0.6)], [wood]], edge)
+    peel, balls = c.pick(ANY), c.rng.uniform((edge, 0.1, 0.1), (0.8, 1.4, 0.22), (5, 3)).tolist()
+    c.soft([disc(x + 0.3 * r, y + 0.8 * r, r, 0.35 * r) for y, x, r in balls], DARK, 0.6, 0.02)
+    for y, x, r in sorted(balls):
+        for k in np.arange(0, 0.9, 0.1):    # discs that shrink towards the light
+            c.oval(x - 0.4 * k * r, y - 0.4 * k * r, r - k * r, r - k * r, mix(DARK, peel, 0.5 + k))
 
 
-def fruit(c, rng):
-    edge, colour = rng.uniform(0.35, 0.55), pick(rng, ((0, 0.4), (0.6, 0.95), (0.6, 0.95)))
-    wood = pick(rng, ((0.03, 0.14), (0.2, 0.7), (0.4, 0.9)))
-    c.field([[pick(rng, ANY)]], 0, edge)
-    c.field([[shade(wood, 0.6)], [wood]], edge)
-    for y, x, r in sorted(rng.uniform((edge, 0.1, 0.1), (0.8, 1.4, 0.22), (5, 3)).tolist()):
-        c.soft([disc(x + 0.3 * r, y + 0.8 * r, 1.1 * r, 0.35 * r)], (20, 10, 10), 0.6, 0.02)
-        ball(c, x, y, r, shade(colour, rng.uniform(0.7, 1.1)))
+def room(c):
+    window = [(rect(x, x + 0.13, 0.4, 0.85), (190, 220, 245)) for x in (0.3, 0.45)]
+    walls, chest = (-3, 3, -2.8), (-0.5, 0.5, 0.4)    # a negative width turns a box inside out
+    c.box((0, 4, 0), 0, 2.9, walls, walls, c.pick(ANY), None, ((), (), window, ()))
+    c.floor(-2.8, 2.8, 1.5, 7, c.pick(TAN))
+    for z in (6.4, 5.7, 5, 4.3):
+        x, high, turn = c.rng.uniform((-2, 0.4, 0), (2, 1.5, 6)).tolist()
+        c.box((x, z, turn), 0, high, chest, chest, c.pick(ANY))
 
 
-def flowers(c, rng):
-    c.field(rng.uniform((10, 50, 10), (90, 170, 80), (4, 6, 3)))
-    colour, petals = pick(rng, ((0.75, 1.2), (0.3, 0.9), (0.8, 1))), rng.integers(5, 12)
-    for y, x, r in sorted(rng.uniform((0.1, 0, 0.1), (0.8, 1.5, 0.26), (5, 3)).tolist()):
-        c.line([(x, y), (x + 0.1, 1.1)], 0.025, (40, 110, 40))
-        for k, (px, py) in enumerate(disc(x, y, 0.62 * r, 0.62 * r, petals)):
-            c.oval(px, py, 0.36 * r, 0.36 * r, shade(colour, 0.75 + 0.3 * (k % 2)))
-        ball(c, x, y, 0.38 * r, (240, 190, 40))
-
-
-def room(c, rng):
-    wall, rug, wood = pick(rng, ANY), pick(rng, ANY), pick(rng, ((0, 0.1), (0.4, 0.7), (0.3, 0.7)))
-    c.look(1.5, rng.uniform(0.4, 0.5), 0.8, wall, 1e9, rng.uniform(-0.8, 0.8))
-    c.field([[shade(wall, 1.1)]])
-    floor(c, -2.5, 2.5, wood, None, 1, 5)
-    for x in (-2.5, 2.5):
-        c.face([(x, 0, 1), (x, 0, 5), (x, 2.8, 5), (x, 2.8, 1)], shade(wall, 0.88 + 0.04 * x))
-    c.face([(-2.5, 0, 5), (2.5, 0, 5), (2.5, 2.8, 5), (-2.5, 2.8, 5)], wall)
-    for x in rng.uniform(-2, 0.3) + np.array((0, 1.1)):    # a window with two wings
-        c.face([(x, 1.1, 5), (x + 1, 1.1, 5), (x + 1, 2.4, 5), (x, 2.4, 5)], (190, 220, 245))
-    c.face(ring(0, 3.2, rng.uniform(-0.3, 0.3), -0.8, 0.8, 1.2, 0), rug)
-    for z, x, high, turn in sorted(rng.uniform((-4.6, -2, 0.4, 0), (-2.4, 2, 1.5, 6), (4, 4))
-                                   .tolist()):
-        paint = pick(rng, ANY)
-        for side, face in enumerate(box(x, -z, turn, -0.5, 0.5, 0.4, 0, high)):
-            if c.visible(face):
-                c.face(face, shade(paint, (0.7, 0.85, 0.95, 0.6, 1.15)[side]))
-
-
-def hills(c, rng):
-    sky, far = pick(rng, ((0.5, 0.65), (0.2, 0.6), (0.7, 1))), pick(rng, ANY)
-    c.field([[sky], [mix(sky, (255, 240, 220), 0.7)]], 0, 0.7)
-    near = pick(rng, ((0.1, 0.45), (0.4, 0.8), (0.25, 0.6)))
+def hills(c):
+    sky, near = c.pick(ZENITH), c.pick(((0.1, 0.45), (0.4, 0.8), (0.25, 0.6)))
+    c.field([[sky], [mix(sky, WHITE, 0.7)]], 0, 0.7)
+    far, x = mix(c.pick(ANY), sky, 0.6), np.linspace(0, c.aspect, 40)
     for k in range(5):
-        a, b, phase = rng.uniform((3, 7, 0), (6, 15, 6))
-        line = [(x / 20, 0.42 + 0.13 * k + 0.07 * math.sin(a * x / 20 + phase)
-                 + 0.02 * math.sin(b * x / 20)) for x in range(36)]
-        c.draw([*line, (1.8, 1.1), (0, 1.1)], mix(mix(far, sky, 0.6), near, k / 4))
+        a, b, phase = c.rng.uniform((3, 7, 0), (6, 15, 6))
+        y = 0.42 + 0.13 * k + 0.07 * np.sin(a * x + phase) + 0.02 * np.sin(b * x)
+        c.draw([*zip(x, y, strict=True), (c.aspect, 1.1), (0, 1.1)], mix(far, near, k / 4))
 
 
-def sea(c, rng):
-    low = pick(rng, ((0, 0.14), (0.4, 0.9), (0.8, 1)))
-    x, r, edge = rng.uniform((0.2, 0.05, 0.4), (1.3, 0.14, 0.6)).tolist()
-    c.field([[pick(rng, ANY)], [low]], 0, edge)
+def sea(c):
+    low = c.pick(((0, 0.14), (0.4, 0.9), (0.8, 1)))
+    x, r, edge = c.rng.uniform((0.2, 0.05, 0.4), (1.3, 0.14, 0.6)).tolist()
+    c.field([[c.pick(ANY)], [low]], 0, edge)
     c.soft([disc(x, edge - r, 2.2 * r, 2.2 * r)], (255, 240, 200), 0.6, 0.06)
-    ball(c, x, edge - 0.6 * r, r, (255, 220, 150))
+    c.oval(x, edge - 0.6 * r, r, r, (255, 230, 170))
     c.field([[mix(low, (10, 30, 60), 0.4)], [(10, 20, 50)]], edge)
-    for y, shift, wide in rng.uniform((edge, -0.2, 0.2), (1, 0.2, 1), (60, 3)).tolist():
-        c.line([(x + shift - wide * r, y), (x + shift + wide * r, y)], 0.02 * (y - edge),
-               mix(low, (255, 240, 210), 0.5 * wide))
+    for y, shift, wide in c.rng.uniform((edge, -0.2, 0.2), (1, 0.2, 1), (60, 3)).tolist():
+        c.oval(x + shift, y, wide * r, 0.014 * (y - edge), mix(low, (255, 240, 210), 0.5 * wide))
 
 
-def glyphs(c, rng):
-    paper, ink = pick(rng, ((0, 1), (0, 0.2), (0.8, 1))), pick(rng, ((0, 1), (0, 0.9), (0, 0.35)))
-    step = rng.uniform(0.09, 0.22)
-    c.field([[paper], [shade(paper, 0.9)]])
-    for x in np.arange(0.06, c.aspect - step, step):
-        for y in np.arange(0.06, 1 - step, 1.4 * step):
-            if rng.uniform() < 0.85:
-                strokes = rng.integers(0, 3, (4, 2)) * step * (0.33, 0.45) + (x, y)
-                c.line([tuple(p) for p in strokes], 0.14 * step, ink)
+def glyphs(c):
+    step, ink = c.rng.uniform(0.09, 0.22), mix(DARK, c.pick(ANY), 0.4)
+    c.field([[mix(c.pick(ANY), WHITE, 0.8)]])
+    for i, j in np.ndindex(int(c.aspect / step), int(0.7 / step)):
+        strokes = c.rng.integers(0, 3, (4, 2)) * (0.33, 0.45) + (i + 0.3, 1.4 * j + 0.3)
+        c.draw(strokes * step, ink, None, "line", width=round(0.14 * step * c.unit))
 
 
-def stripes(c, rng):
-    """Draw bars or, half of the time, squares, in two or three colours, turned by any angle."""
-    inks, squares = [pick(rng, ANY) for _ in range(3)], rng.integers(2)
-    turn, step = rng.uniform((0, 0.06), (3.1, 0.25)).tolist()
-    count = int(1.3 / step)
-    for i, j in np.ndindex(2 * count, 2 * count):
-        corners = ring(0.75, 0.5, turn, (j - count) * step, (j - count + 1) * step, 0.5 * step, 0)
-        x, y = (i - count) * step * math.cos(turn), (count - i) * step * math.sin(turn)
-        c.draw([(x + a, y + b) for a, _, b in corners], inks[(i + j * squares) % (3 - squares)])
-
-
-UNRELATED = {
-    "fruit": fruit, "flowers": flowers, "room": room, "hills": hills, "sea": sea, "glyphs": glyphs,
-    "stripes": stripes, "blend": lambda c, rng: c.field(rng.uniform(0, 255, (3, 3, 3))),
-    "cloud": lambda c, rng: c.field(rng.uniform(0.3, 1, (18, 27, 1)) * pick(rng, ANY))}
-RELATED = {name: lambda c, rng, style=style: street(c, rng, style) for name, style in
-           (("toy_street", TOY), ("street_high", HIGH), ("night", NIGHT))}
+UNRELATED = {draw.__name__: draw for draw in (fruit, room, hills, sea, glyphs)}
+UNRELATED["blend"] = lambda c: c.field(c.rng.uniform(0, 255, (3, 3, 3)))
 
 
 def wild_image(seed, index, size=(64, 96)):
     """Return (image, kind) of the wild pool; no method may read the kind."""
     rng = np.random.default_rng([seed, STREAMS["pool"], index])
-    world = RELATED if rng.uniform() < 0.22 else UNRELATED
-    kind = str(rng.choice(list(world)))
-    c = Canvas(size)
-    world[kind](c, rng)
-    return c.develop(rng, rng.uniform(1, 4), 0.12)[0], kind
+    kind = str(rng.choice(list(RELATED if rng.uniform() < 0.22 else UNRELATED)))
+    c = Canvas(size, rng, RELATED.get(kind, PRIVATE))
+    UNRELATED.get(kind, street)(c)
+    return c.develop(0.12)[0], kind
 
 
-def write_scenes(root, seed=0, size=(64, 96), train=600, val=150, pool=2000,
-                 progress=lambda it: it):
-    """Write all images as PNG below root, and last of all the empty file root/complete.
-
-    Where that file exists already, nothing is written, whatever the other arguments say.
-    """
-    root = Path(root)
+def write_scenes(root, seed=0, size=(64, 96), train=600, val=150, pool=2000, progress=iter):
+    """Write all images as PNG below root, unless root/complete, written last of all, exists."""
+    root, kinds = Path(root), ["file,kind"]
     if (root / "complete").exists():
         return
     for folder in ("train/images", "train/labels", "val/images", "val/labels", "pool"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     jobs = [(split, i) for split, count in (("train", train), ("val", val), ("pool", pool))
             for i in range(count)]
-    kinds = []
     for split, i in progress(jobs):
-        name = f"{i:04d}.png"
         if split == "pool":
             image, kind = wild_image(seed, i, size)
-            image.save(root / split / name, compress_level=1)    # noise hardly packs
-            kinds.append((name, kind))
+            image.save(root / f"pool/{i:04d}.png", compress_level=1)    # noise hardly packs
+            kinds.append(f"{i:04d}.png,{kind}")
         else:
             image, label = street_scene(seed, split, i, size)
-            image.save(root / split / "images" / name, compress_level=1)
-            label.save(root / split / "labels" / name)
-    with open(root / "pool_kinds.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([("file", "kind"), *kinds])
+            image.save(root / f"{split}/images/{i:04d}.png", compress_level=1)
+            label.save(root / f"{split}/labels/{i:04d}.png")
+    (root / "pool_kinds.csv").write_text("\n".join(kinds) + "\n", "utf-8", newline="\n")
     (root / "complete").touch()
 
 
 if __name__ == "__main__":
-    pairs = [street_scene(0, "train", i, (128, 192)) for i in range(6)]
-    for _, drawn in pairs:
-        drawn.putpalette(sum(PALETTE, ()))
-    tiles = [*(pair[0] for pair in pairs), *(pair[1].convert("RGB") for pair in pairs),
-             *(wild_image(0, i, (128, 192))[0] for i in range(24))]
-    sheet = Image.new("RGB", (6 * 196, 6 * 132), "white")
-    for k, tile in enumerate(tiles):
-        sheet.paste(tile, (k % 6 * 196 + 2, k // 6 * 132 + 2))
-    sheet.save("scenes.png")
+    images, labels = zip(*(street_scene(0, "train", i, (128, 192)) for i in range(6)), strict=True)
+    maps = [np.array(PALETTE, np.uint8)[np.asarray(label)] for label in labels]
+    wild = [wild_image(0, i, (128, 192))[0] for i in range(24)]
+    tiles = [np.pad(tile, ((2, 2), (2, 2), (0, 0))) for tile in (*images, *maps, *wild)]
+    rows = [np.hstack(tiles[k:k + 6]) for k in range(0, 36, 6)]
+    Image.fromarray(np.vstack(rows)).save("scenes.png")
     print("scenes.png: 6 private scenes, their labels below, then 24 pictures of the wild pool")
