@@ -1,4 +1,4 @@
-"""README.md and results/README.md are true: commands parse, the snippet runs, tables agree."""
+"""The pages are true: their commands parse, the snippet runs, tables agree with their records."""
 
 import importlib
 import json
@@ -14,18 +14,19 @@ import pytest
 import torchvision
 
 import distill
-import evaluate
 import export
 import train_teacher
+from conftest import with_random_statistics
 from experiments import benchmark, compare, generators, shuffle_tiles
-from support import options
+from support import evaluation, options
 from support.labelled import CITYSCAPES, VOC
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text()
 RESULTS = (REPOSITORY / "results" / "README.md").read_text()
+DOCS = {path.name: path.read_text() for path in sorted(REPOSITORY.glob("docs/*.md"))}
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-PROGRAMS = {"distill.py": distill, "train_teacher.py": train_teacher, "evaluate.py": evaluate,
+PROGRAMS = {"distill.py": distill, "train_teacher.py": train_teacher, "evaluate.py": evaluation,
             "export.py": export, "experiments.compare": compare,
             "experiments.benchmark": benchmark,
             "experiments.shuffle_tiles": shuffle_tiles,
@@ -34,8 +35,8 @@ CONCEPTS = ("bn_stats", "ads_sampler", "priority", "kd_loss", "alignment")
 
 
 def commands():
-    """Return (program, words) of every command line in both pages and in module docstrings."""
-    sources = [README, RESULTS]
+    """Return (program, words) of every command line in all pages and in module docstrings."""
+    sources = [README, RESULTS, *DOCS.values()]
     sources += [path.read_text().split('"""')[1] for path in REPOSITORY.glob("*.py")]
     sources += [path.read_text().split('"""')[1]
                 for path in REPOSITORY.glob("experiments/[bc]*.py")]
@@ -60,14 +61,16 @@ def test_there_are_commands_for_every_program():
 def test_the_voc_and_cityscapes_commands_run(tmp_path, voc_tree, cityscapes_tree, pool_folder,
                                              monkeypatch):
     """From the teacher to the table, in order, for one step, with random weights for published."""
-    lines = re.findall(r"^python (\S+) (.*--dataset (?:voc|cityscapes) .*)$", README, re.MULTILINE)
+    lines = re.findall(r"^python (\S+) (.*--dataset (?:voc|cityscapes) .*)$",
+                       DOCS["data.md"].replace("\\\n", " "), re.MULTILINE)
     assert [program for program, _ in lines] == 2 * ["train_teacher.py", "distill.py"]
     get_model, asked = torchvision.models.get_model, []
 
     def random_weights(name, weights=None, weights_backbone=None, num_classes=21):
         asked.append((name, str(weights), weights_backbone))
-        return get_model(name, weights=None, weights_backbone=None, num_classes=num_classes,
-                         aux_loss=weights is not None)
+        net = get_model(name, weights=None, weights_backbone=None, num_classes=num_classes,
+                        aux_loss=weights is not None)
+        return with_random_statistics(net) if weights else net
 
     monkeypatch.setattr(torchvision.models, "get_model", random_weights)
     for i, (program, line) in enumerate(lines):
@@ -121,7 +124,8 @@ def test_every_table_is_generated_from_its_record():
         assert text == compare.table(json.loads((REPOSITORY / path).read_text())), path
 
 
-@pytest.mark.parametrize(("text", "folder"), [(README, "."), (RESULTS, "results")])
+@pytest.mark.parametrize(("text", "folder"), [(README, "."), (RESULTS, "results"),
+                                              *((text, "docs") for text in DOCS.values())])
 def test_every_link_and_every_record_that_is_named_exists(text, folder):
     for target in re.findall(r"\]\((?!https?:)([^)#]*)", text):
         assert not target or (REPOSITORY / folder / target).exists(), target
