@@ -21,6 +21,7 @@ Symbols
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -59,7 +60,7 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     dict: files, distances and weights of the chosen, nearest first; their indices in the pool
     (chosen), the pool, its scores, why files were skipped, layers, times and the loss curve.
     """
-    cfg, laps = cfg or Config(), records.Laps()
+    cfg, out, laps = cfg or Config(), out and Path(out), records.Laps()
     teacher, student, (pixel, channel) = freeze(wrap(teacher)), wrap(student), parse_losses(cfg.kd)
     prepare = private_colours(teacher, size) if cfg.align == "transfer-first" else None
     pool = Pool(pool if isinstance(pool, list) else find_images(pool), size, prepare)

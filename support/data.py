@@ -19,6 +19,7 @@ import csv
 import hashlib
 import os
 import signal
+import time
 import warnings
 from collections import Counter
 from contextlib import suppress
@@ -222,6 +223,7 @@ def loaded(loader):
         reason = str(error).split("\nValueError: ")[-1].strip()
         raise OSError(f"{reason}; put this file right and resume") from error
     except (ConnectionError, EOFError) as error:             # one of the ways to notice its death
+        time.sleep(1)                    # torch's own is a signal, which would strike anywhere else
         raise RuntimeError("a DataLoader worker died") from error
 
 

@@ -134,6 +134,8 @@ def main(argv=None):
     device = pick_device(cfg.device)
     model = load_model(cfg.checkpoint).to(device)
     size = cfg.image_size or model.image_size
+    if size is None:
+        raise ValueError(f"{cfg.checkpoint} names no image size; give one with --image-size H W")
     if cfg.images:
         if not cfg.out:
             raise ValueError("--out is missing; name a folder for the masks")

@@ -2,7 +2,7 @@
 
 Use it
     from support.plots import pool_check, story
-    pool_check(chosen, size, "pool.png")      # what distill.select returned
+    pool_check(chosen, size, "pool.png")      # what distill.distill returned
 """
 
 import re

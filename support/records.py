@@ -85,7 +85,7 @@ def recorded(out):
     try:
         values = json.loads((Path(out) / "config.json").read_text())
         return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    except (json.JSONDecodeError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:        # no JSON, no text, no dict
         raise ValueError(f"{out}/config.json is damaged; begin anew with another --out") from error
 
 
@@ -133,7 +133,7 @@ def open_run(cfg):
         except (KeyboardInterrupt, OSError, RuntimeError) as error:
             if not isinstance(error, FileNotFoundError | torch.OutOfMemoryError):
                 words = ["python", sys.argv[0], "--resume", "--out", str(out)]
-                error.add_note(f"go on with: {shlex.join(words)}")
+                error.__notes__ = [f"go on with: {shlex.join(words)}"]   # the outer of two runs
             raise
 
 

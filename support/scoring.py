@@ -71,8 +71,8 @@ def score_key(teacher, layers, pool, cfg):
     """
     def stamp(path):
         try:
-            status = path.stat()
-            return str(path.resolve()), status.st_size, status.st_mtime_ns
+            status = Path(path).stat()
+            return str(Path(path).resolve()), status.st_size, status.st_mtime_ns
         except OSError:                                    # vanished, or not ours to read
             return str(path), 0, 0
 
@@ -125,6 +125,7 @@ def scan(rule, pool, device, workers=0, out=None, key=None):
     scores = read_scores(part)
     scores = scores[:len(scores) // BATCH * BATCH]          # the last batch may be half written
     if part:
+        part.parent.mkdir(parents=True, exist_ok=True)
         scores.numpy().tofile(part)
 
     def score_batch(batch):

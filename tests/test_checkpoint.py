@@ -12,7 +12,15 @@ from torch import nn
 
 from models import build_model
 from support import checkpoint
-from support.checkpoint import atomic, load, load_model, save, save_json, save_model
+from support.checkpoint import (
+    atomic,
+    fingerprint,
+    load,
+    load_model,
+    save,
+    save_json,
+    save_model,
+)
 
 
 def trained(name="resnet_tiny", classes=4, **how):
@@ -22,7 +30,7 @@ def trained(name="resnet_tiny", classes=4, **how):
 
 @pytest.fixture
 def saved(tmp_path):
-    save_model(trained(), tmp_path / "m.pt", image_size=[64, 96])
+    save_model(trained(image_size=(64, 96)), tmp_path / "m.pt")
     return tmp_path / "m.pt"
 
 
@@ -38,15 +46,27 @@ def test_tensors_and_plain_values_come_back_bit_for_bit(tmp_path):
 
 
 def test_a_model_comes_back_with_all_that_belongs_to_it(tmp_path):
-    model = trained(mean=(0.1, 0.2, 0.3), std=(1, 2, 3), class_names=["a", "b", "c", "d"])
-    save_model(model, tmp_path / "m.pt", image_size=[64, 96], note="kept")
-    back, state = load_model(tmp_path / "m.pt", "resnet_tiny", 4)
+    model = trained(mean=(0.1, 0.2, 0.3), std=(1, 2, 3), class_names="abcd", image_size=(64, 96))
+    save_model(model, tmp_path / "m.pt")
+    back = load_model(tmp_path / "m.pt", "resnet_tiny", 4)
     assert (back.name, back.num_classes, back.class_names) == ("resnet_tiny", 4, list("abcd"))
-    assert (state["image_size"], state["note"]) == ([64, 96], "kept")
+    assert back.image_size == (64, 96) and not back.training
     assert back.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(back.state_dict()[k], v) for k, v in model.state_dict().items())
     x = torch.rand(2, 3, 32, 48)
-    assert torch.equal(back.eval()(x), model(x))
+    assert torch.equal(back(x), model(x))
+    save_model(trained(), tmp_path / "sizeless.pt")
+    assert load_model(tmp_path / "sizeless.pt").image_size is None
+
+
+def test_one_bit_of_one_buffer_changes_the_fingerprint():
+    model = trained()
+    mark, mean = fingerprint(model), model.net.stem[1].running_mean
+    before = mean[5].item()
+    mean[5] = torch.nextafter(mean[5], torch.tensor(9.0))
+    assert fingerprint(model) != mark
+    mean[5] = before
+    assert fingerprint(model) == mark == fingerprint(model.to(memory_format=torch.channels_last))
 
 
 # ---------------------------------------------------------------- files that must not be trusted
@@ -114,9 +134,24 @@ def test_another_model_or_class_count_than_expected_is_said(saved):
         load_model(saved, num_classes=11)
 
 
-def test_weights_that_do_not_fit_their_model_are_said(saved):
-    save({**load(saved), "num_classes": 5, "class_names": None}, saved)
-    with pytest.raises(ValueError, match=r"weights in .*m\.pt do not fit resnet_tiny: .*head"):
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"num_classes": 5, "class_names": list("abcde")}, "size mismatch for net.head.bias"),
+    ({"class_names": list("abc")}, "it names 3 of 4 classes"),
+    ({"model": "resnet_huge"}, "model 'resnet_huge' is unknown"),
+    ({"mean": None}, ""), ({"image_size": 64}, ""), ({"state_dict": {}}, "")])
+def test_entries_that_do_not_fit_each_other_are_one_sentence(saved, changes, said):
+    save({**load(saved), **changes}, saved)
+    with pytest.raises(ValueError, match=rf"m\.pt cannot be used: .*{said}.*; make it") as caught:
+        load_model(saved)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("entry", ["class_names", "image_size", "state_dict"])
+def test_an_entry_that_is_missing_is_named(saved, entry):
+    state = load(saved)
+    del state[entry]
+    save(state, saved)
+    with pytest.raises(ValueError, match=f"cannot be used: its entry '{entry}' is missing"):
         load_model(saved)
 
 
@@ -166,4 +201,4 @@ def test_a_disk_that_fills_up_keeps_the_old_checkpoint(saved):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert saved.read_bytes() == before and files(saved.parent) == ["m.pt"]
-    assert load_model(saved)[0].num_classes == 4
+    assert load_model(saved).num_classes == 4

@@ -12,6 +12,7 @@ from PIL import Image
 from support.data import (
     Batches,
     Pool,
+    Views,
     find_images,
     hold_out,
     leave_out,
@@ -128,13 +129,35 @@ def test_a_whole_view_covers_the_size_and_keeps_the_shape(picture, expected):
     assert whole_view(Image.new("RGB", picture), (20, 30)).size == expected
 
 
-def test_the_pool_returns_the_reason_instead_of_raising(tmp_path):
+def why(pool, index):
+    """Return why a file of a pool cannot be read, or '' if it can."""
+    number, image, readable = pool[index]
+    assert number == index and image.dtype == torch.uint8 and image.shape == (3, *pool.size)
+    if readable:
+        assert torch.equal(image, pool.view(index))
+        return ""
+    assert not image.any()
+    with pytest.raises(ValueError) as caught:
+        pool.view(index)
+    return str(caught.value)
+
+
+def test_the_pool_gives_centre_views_and_says_what_cannot_be_read(tmp_path):
     (tmp_path / "bad.png").write_text("not an image")
-    pool = Pool([write(tmp_path / "good.png", coordinates(60, 40)), tmp_path / "bad.png"], (20, 30))
-    (good, nothing), (zeros, reason) = pool[0], pool[1]
-    assert len(pool) == 2 and nothing == "" and "bad.png" in reason
-    assert torch.equal(good, to_tensor(view(coordinates(60, 40), (20, 30))))
-    assert torch.equal(zeros, torch.zeros(3, 20, 30, dtype=torch.uint8))
+    files = [write(tmp_path / "good.png", coordinates(60, 40)), tmp_path / "bad.png"]
+    pool = Pool(files, (20, 30))
+    assert len(pool) == 2 and why(pool, 0) == "" and "bad.png: Unidentified" in why(pool, 1)
+    assert torch.equal(pool.view(0), to_tensor(view(coordinates(60, 40), (20, 30))))
+
+
+def test_pictures_are_prepared_where_they_are_read(tmp_path):
+    path = write(tmp_path / "a.png", coordinates(60, 40))
+    turned = Pool([path], (20, 30), lambda image: image.transpose(Image.ROTATE_180)).view(0)
+    torch.testing.assert_close(turned.int(), Pool([path], (20, 30)).view(0).flip(1, 2).int(),
+                               atol=1, rtol=0)
+    red = Views([path], (20, 30), 0, jitter=0,
+                prepare=lambda image: Image.new("RGB", image.size, "red"))[0, 0]
+    assert (red[0] == 255).all() and not red[1:].any()
 
 
 # ---------------------------------------------------------------- what is found in a wild pool
@@ -153,16 +176,16 @@ def test_odd_pictures_are_read_without_a_warning_and_always_the_same(tmp_path):
            write(tmp_path / "wide.png", tall.transpose(Image.ROTATE_90)),
            write(tmp_path / os.fsdecode(b"caf\xe9 \n.jpg"), frames[0])]
     with warnings.catch_warnings(action="error"):
-        views = [Pool(odd, (20, 30))[i] for i in range(len(odd))]
-        batches = Batches(odd, (20, 30), len(odd), seed=0)
+        pool = Pool(odd, (20, 30))
+        assert [why(pool, i) for i in range(len(odd))] == [""] * len(odd)
+        batches = Batches(Views(odd, (20, 30), 0), len(odd))
         assert batches[0][0].shape == (len(odd), 3, 20, 30) and find_images(tmp_path) == sorted(odd)
     write_csv(tmp_path / "list.csv", ("file",), [[path] for path in odd])
     assert find_images(tmp_path / "list.csv") == odd                        # names of any bytes
-    assert [error for _, error in views] == [""] * len(odd)
     for path, red in zip(odd, (1, 1, 0, 0, 1, 0, 0, 1), strict=True):
         assert np.array_equal(load_image(path), load_image(path))
         assert not red or load_image(path).getpixel((0, 0))[0] > 250         # the first frame
-    assert views[2][0].unique(dim=1).numel() > 3                 # transparent, yet with its colours
+    assert pool.view(2).unique(dim=1).numel() > 3                # transparent, yet with its colours
 
 
 def test_a_decompression_bomb_is_skipped_and_a_large_picture_is_read_small(tmp_path, monkeypatch):
@@ -173,8 +196,7 @@ def test_a_decompression_bomb_is_skipped_and_a_large_picture_is_read_small(tmp_p
         assert load_image(jpeg, (90, 150)).size == (500, 375)
         assert load_image(png).size == (4000, 3000)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000 * 3000 // 2 - 1)  # beyond twice, an error
-    reason = Pool([png], (20, 30))[0][1]
-    assert "bomb.png: DecompressionBombError" in reason
+    assert "bomb.png: DecompressionBombError" in why(Pool([png], (20, 30)), 0)
 
 
 def test_links_in_a_circle_and_to_nowhere_are_named_not_followed(tmp_path):
@@ -184,7 +206,7 @@ def test_links_in_a_circle_and_to_nowhere_are_named_not_followed(tmp_path):
     (tmp_path / "pool" / "nowhere.png").symlink_to(tmp_path / "nowhere")
     files = find_images(tmp_path / "pool")
     assert [path.name for path in files] == ["good.png", "nowhere.png", "self.png"]
-    errors = [error for _, error in (Pool(files, (20, 30))[i] for i in range(3))]
+    errors = [why(Pool(files, (20, 30)), i) for i in range(3)]
     assert errors[0] == "" and "nowhere.png: FileNotFound" in errors[1] and "self.png" in errors[2]
     assert leave_out(files, [files[2], good])[0] == files[1:]
 
@@ -193,7 +215,7 @@ def test_links_in_a_circle_and_to_nowhere_are_named_not_followed(tmp_path):
 def test_a_file_that_may_not_be_read_is_named(tmp_path):
     path = write(tmp_path / "a.png", coordinates(60, 40))
     path.chmod(0)
-    assert "a.png: PermissionError" in Pool([path], (20, 30))[0][1]
+    assert "a.png: PermissionError" in why(Pool([path], (20, 30)), 0)
 
 
 def mutations(folder, count, seed):
@@ -225,7 +247,7 @@ def mutations(folder, count, seed):
 def test_damaged_pictures_are_read_or_named_and_nothing_else(tmp_path):
     files = list(mutations(tmp_path, 200, seed=3))               # not all errors are OSErrors
     pool = Pool(files, (20, 30))
-    errors = [pool[i][1] for i in range(200)]
+    errors = [why(pool, i) for i in range(200)]
     assert 20 < sum(map(bool, errors)) < 180
     assert all(not error or str(path) in error for path, error in zip(files, errors, strict=True))
 
@@ -254,7 +276,9 @@ def test_a_pool_too_small_to_hold_any_out_is_refused():
 
 # ---------------------------------------------------------------- loading
 
-def test_what_goes_wrong_in_loading_is_one_sentence():
+def test_what_goes_wrong_in_loading_is_one_sentence(monkeypatch):
+    monkeypatch.setattr("support.data.time.sleep", lambda seconds: None)
+
     def failing(error):
         yield 1
         raise error

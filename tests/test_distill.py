@@ -1,5 +1,6 @@
 """distill.py end to end on a miniature world: what it promises, and what it says when it cannot."""
 
+import copy
 import csv
 import itertools
 import json
@@ -18,13 +19,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import with_random_statistics
 from PIL import Image
 from torch import nn
 
 import distill
 import train_teacher
-from models import build_model, fingerprint
-from support import checkpoint, scenes
+from models import build_model
+from support import checkpoint, command, scenes
+from support.data import Pool, find_images
+from support.training import Training
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -34,9 +38,25 @@ def world(tmp_path_factory):
     """Return a folder with drawn scenes (train, val, pool) and a teacher trained for a moment."""
     root = tmp_path_factory.mktemp("world")
     scenes.write_scenes(root, size=(32, 48), train=16, val=4, pool=40)
+    label = root / "val" / "labels" / "0001.png"
+    with Image.open(label) as picture:
+        picture.paste(255, (0, 0, 48, 2))                         # void
+    picture.save(label)
     train_teacher.main(f"--dataset folder --num-classes 8 --data-root {root} --image-size 32 48 "
                        f"--steps 20 --batch-size 4 --amp off --out {root}/teacher".split())
     return root
+
+
+@pytest.fixture
+def drawn():
+    """Draw the figures, which take longer than a miniature run; see `undrawn`."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("support.plots.story", lambda *_: None)
+        monkeypatch.setattr("support.plots.pool_check", lambda *_: None)
 
 
 def run(world, *words, out=None):
@@ -58,7 +78,7 @@ def chosen(out):
     return list(csv.reader(open(out / "chosen.csv")))[1:]
 
 
-def test_a_run_leaves_a_complete_record(world, tmp_path):
+def test_a_run_leaves_a_complete_record(world, tmp_path, drawn):
     metrics = run(world, out=tmp_path / "a")
     assert json.loads((tmp_path / "a/metrics.json").read_text()) == json.loads(json.dumps(metrics))
     for key in ("teacher_miou", "student_miou", "agreement_miou"):
@@ -67,8 +87,8 @@ def test_a_run_leaves_a_complete_record(world, tmp_path):
     assert metrics["config"]["budget"] == 8 and metrics["environment"]["torch"]
     assert sum(metrics["stage_seconds"].values()) == pytest.approx(metrics["seconds"])
     assert {p.name for p in (tmp_path / "a").iterdir()} == {
-        "config.json", "metrics.json", "curve.csv", "student.pt", "chosen.csv", "skipped.csv",
-        "figure.png"}
+        ".lock", "config.json", "metrics.json", "curve.csv", "student.pt", "chosen.csv",
+        "skipped.csv", "figure.png"}
     assert Image.open(tmp_path / "a/figure.png").width > 800
     rows = chosen(tmp_path / "a")
     distances, w = ([float(row[i]) for row in rows] for i in (1, 2))
@@ -117,7 +137,7 @@ def test_an_interrupted_run_resumes_to_the_same_student(world, tmp_path, monkeyp
     monkeypatch.setattr(distill, "weighted_loss", failing)
     with pytest.raises(KeyboardInterrupt):
         run(world, out=tmp_path / "b")
-    run(world, "--resume", out=tmp_path / "b")
+    distill.main(["--resume", "--out", str(tmp_path / "b")])      # with the options it had
     assert len(calls) == 4 + 2                                    # steps 3 and 4 only
     assert identical(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
@@ -173,16 +193,18 @@ def kill_after(calls, work):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_run_killed_at_any_moment_resumes_to_the_same_student(world, tmp_path, monkeypatch):
     monkeypatch.setattr("support.training.SAVE_EVERY", 2)
-    monkeypatch.setattr(distill.plots, "story", lambda *_: None)
     teach = (f"--dataset folder --num-classes 8 --data-root {world} --image-size 32 48 --steps 6 "
-             "--batch-size 4 --amp off --resume --out").split()
+             "--batch-size 4 --amp off --out").split()
 
     def work(out):
+        def resume(folder):
+            return ["--resume"] if (out / folder / "config.json").exists() else []
+
         if not (out / "t" / "teacher.pt").exists():
-            train_teacher.main([*teach, f"{out}/t"])
+            train_teacher.main([*teach, f"{out}/t", *resume("t")])
         if not (out / "s" / "metrics.json").exists():
-            resume = ["--resume"] if (out / "s" / "config.json").exists() else []
-            run(world, "--teacher", f"{out}/t/teacher.pt", "--steps", 6, *resume, out=out / "s")
+            run(world, "--teacher", f"{out}/t/teacher.pt", "--steps", 6, *resume("s"),
+                out=out / "s")
 
     monkeypatch.setattr("support.scoring.STORE", tmp_path / "scores of a")
     code, calls = kill_after(0, lambda: work(tmp_path / "a"))
@@ -197,28 +219,29 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_student(world, tmp_path,
     assert chosen(tmp_path / "a/s") == chosen(tmp_path / "b/s")
 
 
-def test_the_default_run_asks_nothing_of_the_network(tmp_path, monkeypatch):
+def test_the_default_run_asks_nothing_of_the_network(tmp_path, monkeypatch, drawn):
     def refuse(*_, **__):
         raise AssertionError("something reached for the network")
 
     for name in ("socket", "create_connection", "getaddrinfo"):
         monkeypatch.setattr(socket, name, refuse)
     monkeypatch.chdir(tmp_path)
-    write, fit = scenes.write_scenes, train_teacher.fit               # the same path, but short
+    write = scenes.write_scenes                                       # the same path, but short
     monkeypatch.setattr(scenes, "write_scenes", lambda root, size, progress: write(
         root, size=size, train=8, val=2, pool=24))
-    monkeypatch.setattr(train_teacher, "fit", lambda *args: fit(*args[:3], 4, *args[4:]))
+    monkeypatch.setattr(train_teacher, "Training",
+                        lambda model, steps, *args: Training(model, 4, *args))
     words = shlex.split("--image-size 32 48 --budget 8 --steps 2 --batch-size 4")
     assert distill.main(words)["updates"] == 2 and (tmp_path / "runs/001/figure.png").exists()
 
 
 def test_the_teacher_keeps_every_bit_also_in_mixed_precision(world, tmp_path, monkeypatch):
-    seen, prepare = [], distill.prepare
-    monkeypatch.setattr(distill, "prepare", lambda cfg: seen.append(prepare(cfg)) or seen[0])
-    monkeypatch.setattr(distill.plots, "story", lambda *_: None)
-    run(world, "--amp", "bfloat16", out=tmp_path / "a")
-    on_disk = checkpoint.load_model(world / "teacher/teacher.pt")[0]
-    assert fingerprint(seen[0][0]) == fingerprint(on_disk) and not seen[0][0].training
+    used, load = [], command.load_teacher
+    monkeypatch.setattr(command, "load_teacher", lambda cfg: used.append(load(cfg)) or used[0])
+    run(world, "--amp", "bfloat16", "--align", "transfer-first", out=tmp_path / "a")
+    on_disk = checkpoint.load_model(world / "teacher/teacher.pt")
+    assert checkpoint.fingerprint(used[0]) == checkpoint.fingerprint(on_disk)
+    assert not used[0].training
 
 
 def test_images_to_evaluate_on_are_left_out_of_the_pool(world, tmp_path, capsys):
@@ -230,15 +253,6 @@ def test_images_to_evaluate_on_are_left_out_of_the_pool(world, tmp_path, capsys)
     assert "warning: 1 images of the pool" in capsys.readouterr().out
     assert "sneaked in.png: the same image as" in (tmp_path / "a/skipped.csv").read_text()
     assert "sneaked" not in (tmp_path / "a/chosen.csv").read_text()
-
-
-def test_a_pool_that_is_mostly_unreadable_stops_the_run(world, tmp_path):
-    pool = tmp_path / "pool"
-    shutil.copytree(world / "pool", pool)
-    for path in sorted(pool.iterdir())[:21]:
-        path.write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match=r"21 of 40 files of the pool.*the first is .*0000\.png"):
-        run(world, "--pool", pool, out=tmp_path / "a")
 
 
 def test_the_ladder_differs_by_one_option_a_row(world, tmp_path):
@@ -259,28 +273,45 @@ def test_ads_chooses_the_nearest_files_of_the_pool(world, tmp_path):
     assert [r[0] for r in chosen(tmp_path / "near")] == [r[0] for r in chosen(tmp_path / "all")][:8]
 
 
-@pytest.mark.parametrize("sampling", ["herding", "confidence", "entropy"])
-def test_other_ways_to_choose_run_too(world, tmp_path, sampling):
-    run(world, "--sampling", sampling, "--dry-run", out=tmp_path / "a")
-    assert len({row[0] for row in chosen(tmp_path / "a")}) == 8
+def test_confidence_chooses_the_files_whose_surest_class_is_most_probable(world, tmp_path):
+    run(world, "--sampling", "confidence", "--dry-run", out=tmp_path / "a")
+    teacher = checkpoint.load_model(world / "teacher/teacher.pt")
+    pool = Pool(find_images(world / "pool"), (32, 48))
+    images = torch.stack([pool.view(i) for i in range(40)]).float() / 255
+    with torch.no_grad():
+        unsure = 1 - teacher(images).softmax(dim=1).amax(dim=1).mean((1, 2))
+    assert [Path(row[0]) for row in chosen(tmp_path / "a")] == [
+        pool.files[i] for i in unsure.argsort()[:8].tolist()]
 
 
-def test_a_dry_run_looks_at_the_pool_and_trains_nothing(world, tmp_path, capsys):
+def test_a_random_choice_depends_on_the_seed_and_the_scan_of_distances_does_not(
+        world, tmp_path, monkeypatch):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(world, "--sampling", "random", "--seed", seed, "--dry-run", out=tmp_path / name)
+    assert chosen(tmp_path / "a") == chosen(tmp_path / "b") != chosen(tmp_path / "c")
+    run(world, "--dry-run", out=tmp_path / "d")
+    monkeypatch.setattr("support.scoring.score_pool", lambda *_: pytest.fail("scanned again"))
+    run(world, "--seed", 1, "--budget", 7, "--dry-run", out=tmp_path / "e")
+    assert [row[0] for row in chosen(tmp_path / "e")] == [
+        row[0] for row in chosen(tmp_path / "d")][:7]
+
+
+def test_a_dry_run_looks_at_the_pool_and_trains_nothing(world, tmp_path, capsys, drawn):
     run(world, "--dry-run", out=tmp_path / "a")
     assert "This pool " in capsys.readouterr().out
     assert (tmp_path / "a/pool.png").exists() and not (tmp_path / "a/student.pt").exists()
 
 
-def test_no_labels_are_needed_anywhere(world, tmp_path):
+def test_no_labels_are_needed_anywhere(world, tmp_path, drawn):
     metrics = distill.main(
         f"--dataset none --pool {world}/pool --teacher {world}/teacher/teacher.pt --budget 8 "
-        f"--steps 2 --batch-size 4 --kd pixelwise+channelwise+pairwise --out {tmp_path}/a".split())
+        f"--steps 2 --batch-size 4 --out {tmp_path}/a".split())
     assert metrics["student_miou"] is None and metrics["teacher_miou"] is None
     assert 0 <= metrics["agreement_miou"] <= 1 and 0 <= metrics["agreement_pixels"] <= 1
     assert metrics["pool_images"] == 38                           # two are held out
 
 
-def test_unreadable_files_are_skipped_and_named(world, tmp_path):
+def test_unreadable_files_are_skipped_and_named_and_more_than_half_stop_the_run(world, tmp_path):
     pool = tmp_path / "pool"
     shutil.copytree(world / "pool", pool)
     (pool / "0000.png").write_bytes(b"not a picture")
@@ -291,30 +322,25 @@ def test_unreadable_files_are_skipped_and_named(world, tmp_path):
     reasons = (tmp_path / "a/skipped.csv").read_text()
     assert "0000.png" in reasons and "cut.png" in reasons
     assert "0000.png" not in (tmp_path / "a/chosen.csv").read_text()
+    for path in sorted(pool.glob("*.png"))[:21]:
+        path.write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match=r"22 of 41 files of the pool.*the first is .*0000\.png"):
+        run(world, "--pool", pool, out=tmp_path / "b")
 
 
 class UNet(nn.Module):
-    """A network that is none of ours: skip connections, no normalisation of its input."""
+    """A network that is none of ours: a skip connection, no normalisation of its input."""
 
     def __init__(self, classes):
         super().__init__()
-
-        def block(c_in, c_out):
-            return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out),
-                                 nn.ReLU(), nn.Conv2d(c_out, c_out, 3, padding=1),
-                                 nn.BatchNorm2d(c_out), nn.ReLU())
-
-        self.enter, self.down, self.deep = block(3, 6), block(6, 10), block(10, 14)
-        self.up, self.leave = block(14 + 10, 10), block(10 + 6, 6)
-        self.head = nn.Conv2d(6, classes, 1)
+        self.enter = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())
+        self.down = nn.Sequential(nn.Conv2d(6, 10, 3, 2, 1), nn.BatchNorm2d(10), nn.ReLU())
+        self.head = nn.Conv2d(6 + 10, classes, 1)
 
     def forward(self, x):
         fine = self.enter(x)
-        middle = self.down(F.max_pool2d(fine, 2))
-        deep = self.deep(F.max_pool2d(middle, 2))
-        y = self.up(torch.cat([F.interpolate(deep, scale_factor=2), middle], dim=1))
-        y = self.leave(torch.cat([F.interpolate(y, scale_factor=2), fine], dim=1))
-        return {"out": self.head(y)}
+        coarse = F.interpolate(self.down(fine), fine.shape[-2:])
+        return {"out": self.head(torch.cat([fine, coarse], dim=1))}
 
 
 def unet():
@@ -341,15 +367,40 @@ def from_segmentation_models_pytorch():
 @pytest.mark.parametrize("foreign", [unet, from_timm, from_segmentation_models_pytorch])
 def test_networks_of_ones_own_enter_through_the_python_api(pool_folder, foreign):
     torch.manual_seed(0)
-    teacher, student = foreign(), build_model("resnet_tiny", 7)
+    teacher, student = with_random_statistics(foreign()), build_model("resnet_tiny", 7)
     before = {name: x.clone() for name, x in student.state_dict().items()}
     memory = {name: x.clone() for name, x in teacher.state_dict().items()}
-    cfg = distill.Config(budget=6, steps=3, batch_size=4, device="cpu", amp="off")
+    cfg = distill.Config(budget=6, steps=3, batch_size=4, amp="off")
     result = distill.distill(teacher, student, pool_folder, (32, 64), cfg)
     assert len(result["files"]) == 6 and len(result["curve"]) == 1
     assert result["distances"].isfinite().all() and result["distances"][0] > 0
     assert not identical(before, student.state_dict())
-    assert identical(memory, teacher.state_dict())
+    assert identical(memory, teacher.state_dict()) and not teacher.training
+
+
+def test_the_python_api_takes_a_list_of_files_and_keeps_a_record_to_go_on_from(
+        pool_folder, tmp_path, monkeypatch):
+    files = [str(path) for path in sorted(pool_folder.iterdir())[:12]]
+    cfg = distill.Config(budget=6, steps=4, batch_size=4, amp="off")
+    torch.manual_seed(0)
+    teacher = with_random_statistics(unet())
+    students = [copy.deepcopy(net) for net in [UNet(7)] * 2]
+    distill.distill(teacher, students[0], files, (32, 64), cfg)
+    loss, calls = distill.weighted_loss, []
+
+    def stopping(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return loss(*args)
+
+    monkeypatch.setattr(distill, "weighted_loss", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        distill.distill(teacher, students[1], files, (32, 64), cfg, f"{tmp_path}/run")
+    found = distill.distill(teacher, students[1], files, (32, 64), cfg, f"{tmp_path}/run")
+    assert len(calls) == 4 and identical(students[0].state_dict(), students[1].state_dict())
+    assert [row[0] for row in chosen(tmp_path / "run")] == list(map(str, found["files"]))
+    assert set(map(str, found["files"])) <= set(files) and found["pool"].files == files
 
 
 def test_held_out_images_that_cannot_be_read_stop_the_run_before_it_trains(world, tmp_path):
@@ -378,8 +429,8 @@ def test_labels_of_other_classes_are_warned_of(world, tmp_path, capsys):
     """The teacher's classes have names, the labels' the same in another order."""
     shutil.copytree(world / "val", tmp_path / "data" / "val")
     names = list(scenes.CLASSES)
-    named = build_model("resnet_small", 8, class_names=names)
-    checkpoint.save_model(named, tmp_path / "named.pt", image_size=[32, 48])
+    named = build_model("resnet_small", 8, class_names=names, image_size=(32, 48))
+    checkpoint.save_model(with_random_statistics(named), tmp_path / "named.pt")
     for lines, warned in ((names, False), (names[::-1], True)):
         (tmp_path / "data" / "classes.txt").write_text("\n".join(lines))
         run(world, "--data-root", tmp_path / "data", "--teacher", tmp_path / "named.pt",
@@ -392,13 +443,12 @@ def test_every_bad_input_gets_one_sentence(world, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
-    other = build_model("resnet_tiny", 5)
-    checkpoint.save_model(other, tmp_path / "five.pt", image_size=[32, 48])
+    checkpoint.save_model(build_model("resnet_tiny", 5), tmp_path / "five.pt")
     torch.save({"weight": torch.zeros(1)}, tmp_path / "foreign.pt")
     cases = [(["--pool", tmp_path / "nowhere"], FileNotFoundError, "no folder"),
              (["--pool", tmp_path / "empty"], FileNotFoundError, "no image"),
              (["--pool", ""], ValueError, "--pool is missing"),
-             (["--budget", 41], ValueError, "between 1 and 40"),
+             (["--budget", 41], ValueError, "budget is 41, but the pool has 40"),
              (["--teacher", tmp_path / "five.pt"], ValueError, "num_classes 5, but 8"),
              (["--teacher", tmp_path / "foreign.pt"], ValueError, "not a model of this repository"),
              (["--teacher", tmp_path / "nothing.pt"], FileNotFoundError, "no checkpoint"),
@@ -406,22 +456,14 @@ def test_every_bad_input_gets_one_sentence(world, tmp_path):
              (["--data-root", tmp_path / "nowhere"], FileNotFoundError, "--data-root"),
              (["--layers", "encoder"], ValueError, "'encoder'"),
              (["--kd", "telepathy"], ValueError, "telepathy"),
-             (["--seed", -1], ValueError, "--seed must be at least 0; got -1"),
-             (["--batch-size", 0], ValueError, "--batch-size must be at least 1; got 0"),
-             (["--image-size", 32, 0], ValueError, "--image-size must be at least 1; got 32 0"),
+             (["--lr", "nan"], ValueError, "--lr takes a number of at least 0; got nan"),
              (["--out", tmp_path / "full"], ValueError, "not empty")]
     for i, (words, error, message) in enumerate(cases):
         with pytest.raises(error, match=message):
             run(world, *words, out=tmp_path / f"case{i}")
         if "--kd" in words:                                        # found before the pool is read
-            assert os.listdir(tmp_path / f"case{i}") == ["config.json"]
+            assert sorted(os.listdir(tmp_path / f"case{i}")) == [".lock", "config.json"]
     assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
-
-
-def test_a_teacher_without_batchnorm_is_refused(pool_folder):
-    plain = nn.Conv2d(3, 4, 1)
-    with pytest.raises(ValueError, match="no 2-D BatchNorm layer"):
-        distill.distill(plain, nn.Conv2d(3, 4, 1), pool_folder, (32, 48))
 
 
 def test_labels_out_of_range_stop_the_run_with_the_file_named(world, tmp_path):
@@ -431,7 +473,7 @@ def test_labels_out_of_range_stop_the_run_with_the_file_named(world, tmp_path):
     Image.new("L", (48, 32), 9).save(bad)
     with pytest.raises(ValueError, match=rf"{bad.name} holds the label values \[9\]"):
         run(copy, out=tmp_path / "a")
-    assert os.listdir(tmp_path / "a") == ["config.json"]          # found before anything was done
+    assert sorted(os.listdir(tmp_path / "a")) == [".lock", "config.json"]  # found at once
 
 
 def test_on_the_command_line_an_error_is_one_line_and_exit_code_2(tmp_path):
@@ -449,10 +491,8 @@ def test_the_cuda_path_runs_in_mixed_precision(world, tmp_path):
     assert 0 <= metrics["student_miou"] <= 1
 
 
-@pytest.mark.parametrize("align", ["transfer", "transfer-first", "fit"])
-def test_alignment_changes_the_student_but_not_the_teacher(world, tmp_path, align):
+def test_alignment_changes_what_is_chosen_and_the_student(world, tmp_path):
     run(world, out=tmp_path / "plain")
-    run(world, "--align", align, out=tmp_path / "a")           # main compares the fingerprints
-    same_choice = chosen(tmp_path / "a") == chosen(tmp_path / "plain")
-    assert same_choice == (align != "transfer-first")
+    run(world, "--align", "transfer-first", out=tmp_path / "a")
+    assert chosen(tmp_path / "a") != chosen(tmp_path / "plain")
     assert not identical(weights(tmp_path / "a"), weights(tmp_path / "plain"))

@@ -1,17 +1,15 @@
-"""experiments: the table's arithmetic by hand, and tiles that are all there."""
+"""experiments.compare: the table's arithmetic by hand, and runs that are used again."""
 
 import json
 import shlex
 from dataclasses import asdict
 
 import pytest
-import torch
 from PIL import Image
 
 import distill
 from experiments import compare
 from experiments.compare import PRESETS, run_once, table
-from experiments.shuffle_tiles import shuffle_tiles
 from support import plots
 from support.options import parse
 
@@ -86,18 +84,6 @@ def test_every_row_of_every_preset_is_a_line_of_distill():
     for rows in PRESETS.values():
         for words in rows.values():
             parse(distill.Config, shlex.split(words), "")
-
-
-def test_shuffled_tiles_are_a_permutation_of_whole_tiles():
-    image = torch.arange(3 * 8 * 12).view(3, 8, 12)
-    shuffled = shuffle_tiles(image, 4, torch.Generator().manual_seed(0))
-
-    def tiles(x):
-        return sorted(x[:, 2 * i:2 * i + 2, 3 * j:3 * j + 3].flatten().tolist()
-                      for i in range(4) for j in range(4))
-
-    assert tiles(shuffled) == tiles(image) and not torch.equal(shuffled, image)
-    assert torch.equal(shuffle_tiles(image, 1, torch.Generator()), image)
 
 
 def test_a_finished_run_is_used_again_only_for_the_same_options(tmp_path):

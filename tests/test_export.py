@@ -31,11 +31,11 @@ def scenery(*shape):
 def checkpoint(path, name="resnet_tiny", classes=5):
     """Write a network whose untrained head does not call every pixel the same; return it."""
     torch.manual_seed(0)
-    model = build_model(name, classes, mean=(0.5,) * 3, std=(0.25,) * 3).eval()
+    model = build_model(name, classes, mean=(0.5,) * 3, std=(0.25,) * 3, image_size=(40, 56)).eval()
     nn.init.normal_(model.net.head.weight)
     with torch.no_grad():                                        # no class is the usual one
         model.net.head.bias -= model(scenery(1, 96, 96)).mean((0, 2, 3))
-    save_model(model, path, image_size=[40, 56])
+    save_model(model, path)
     return model
 
 
@@ -52,7 +52,8 @@ def test_the_file_runs_without_this_repository_at_any_batch_and_size(tmp_path, c
                           text=True, check=False)
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
-        expected = [model(x).argmax(dim=1) for x in images]
+        expected = [F.interpolate(model(x), x.shape[-2:], mode="bilinear").argmax(dim=1)
+                    for x in images]
     found = torch.load(away / "masks.pt")
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert all(len(mask.unique()) > 1 for mask in expected)
@@ -78,8 +79,9 @@ def test_the_cost_of_teacher_and_student_stands_side_by_side(tmp_path, capsys):
 def test_a_file_that_gives_other_masks_is_reported(tmp_path, monkeypatch):
     model = checkpoint(tmp_path / "student.pt")
 
+    other = export.AtImageSize(model)
     program = SimpleNamespace(graph=SimpleNamespace(nodes=[]),
-                              module=lambda: lambda images: -model(images))
+                              module=lambda: lambda images: -other(images))
     monkeypatch.setattr(torch.export, "export", lambda *args, **how: program)
     monkeypatch.setattr(torch.export, "save", lambda program, file: None)
     monkeypatch.setattr(torch.export, "load", lambda path: program)
@@ -88,10 +90,14 @@ def test_a_file_that_gives_other_masks_is_reported(tmp_path, monkeypatch):
 
 
 def test_what_is_missing_is_said(tmp_path):
-    with pytest.raises(ValueError, match="--checkpoint is missing"):
-        export.main([])
+    with pytest.raises(SystemExit):
+        export.main([])                                          # --checkpoint is required
     model = checkpoint(tmp_path / "student.pt")
     with pytest.raises(ValueError, match=r"\(32, 24\) is too small"):
         export.export(model, tmp_path / "s.pt2", (32, 24))
+    model.image_size = None
+    save_model(model, tmp_path / "sizeless.pt")
+    with pytest.raises(ValueError, match="sizeless.pt names no image size; give one with --image"):
+        export.main(["--checkpoint", str(tmp_path / "sizeless.pt")])
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         export.main(["--checkpoint", str(tmp_path / "none.pt")])

@@ -8,12 +8,13 @@ import pytest
 import torch
 from conftest import with_random_statistics
 
-from bn_stats import bn_layers, image_distances
+from bn_stats import bn_layers, capture_bn_inputs, image_distances
 from distill import Config
 from evaluate import as_input
 from models import build_model
 from support import scoring
 from support.data import Pool, find_images
+from support.scoring import mean_shift, score_key, unusable, verdict
 
 SIZE = (32, 48)
 
@@ -23,48 +24,45 @@ def teacher():
     return with_random_statistics(build_model("resnet_tiny", 5))
 
 
-def scan(teacher, files, *where, **options):
-    return scoring.score(teacher, bn_layers(teacher), files, SIZE, Config(**options), *where)
+@pytest.fixture
+def pool(pool_folder):
+    return Pool(find_images(pool_folder), SIZE)
 
 
-def test_scores_are_the_distances_in_pool_order(teacher, pool_folder):
-    files = find_images(pool_folder)
-    scores, skipped = scan(teacher, files)
-    images = as_input(torch.stack([Pool(files, SIZE)[i][0] for i in range(30)]), "cpu")
-    torch.testing.assert_close(scores[:, 0], image_distances(teacher, images))
-    assert scores.shape == (30, 2) and skipped == []
+def scan(teacher, pool, **how):
+    return scoring.scan(lambda images, numbers: image_distances(teacher, images), pool,
+                        torch.device("cpu"), **how)
 
 
-@pytest.mark.parametrize(("sampling", "passes"), [("nearest", 0), ("random", 0), ("herding", 0),
-                                                  ("confidence", 2), ("entropy", 2)])
-def test_only_a_rule_that_needs_the_prediction_runs_the_teacher_to_its_end(teacher, pool_folder,
-                                                                           sampling, passes):
-    ends = []
-    teacher.net.head.register_forward_hook(lambda *_: ends.append(1))
-    scores, _ = scan(teacher, find_images(pool_folder), sampling=sampling)
-    assert len(ends) == passes and scores.isfinite().all()
+def seen(pool):
+    """Return all images of a pool as the teacher sees them: (N, 3, H, W)."""
+    return as_input(torch.stack([pool.view(i) for i in range(len(pool))]), "cpu")
+
+
+def test_scores_are_those_of_the_rule_in_pool_order(teacher, pool):
+    scores, skipped = scan(teacher, pool)
+    torch.testing.assert_close(scores, image_distances(teacher, seen(pool)))
+    assert scores.shape == (30,) and skipped == []
+    numbers, _ = scoring.scan(lambda images, numbers: numbers, pool, torch.device("cpu"))
+    assert numbers.tolist() == list(range(30))
+
+
+def test_workers_do_not_change_a_score(teacher, pool):
+    assert torch.equal(scan(teacher, pool)[0], scan(teacher, pool, workers=2)[0])
 
 
 @pytest.mark.parametrize("done", [0, 1, 16, 17, 30])
-@pytest.mark.parametrize("sampling", ["nearest", "herding"])
-def test_an_interrupted_scan_goes_on_to_the_same_bits(teacher, pool_folder, tmp_path, done,
-                                                      sampling, monkeypatch):
-    files, part = find_images(pool_folder), tmp_path / "part"
-    whole, _ = scan(teacher, files, sampling=sampling)
-    half_a_row = b"abcde" if done < 30 else b""
-    part.write_bytes(whole[:done].numpy().tobytes() + half_a_row)
-    read = []
-    item = Pool.__getitem__
+def test_an_interrupted_scan_goes_on_to_the_same_bits(teacher, pool, tmp_path, monkeypatch, done):
+    whole, read, item = scan(teacher, pool)[0], [], Pool.__getitem__
+    half_a_row = b"abc" if done < 30 else b""
+    (tmp_path / "key.part").write_bytes(whole[:done].numpy().tobytes() + half_a_row)
     monkeypatch.setattr(Pool, "__getitem__", lambda self, i: read.append(i) or item(self, i))
-    scores, _ = scan(teacher, files, part, sampling=sampling)
-    assert torch.equal(scores, whole) and not part.exists()
-    assert read == list(range(done // 16 * 16, 30))
+    assert torch.equal(scan(teacher, pool, key="key", out=tmp_path)[0], whole)
+    assert read == list(range(done // 16 * 16, 30)) and not (tmp_path / "key.part").exists()
 
 
-def test_the_scan_is_written_as_it_goes(teacher, pool_folder, tmp_path, monkeypatch):
-    files, part = find_images(pool_folder), tmp_path / "part"
-    whole, _ = scan(teacher, files)
-    item = Pool.__getitem__
+def test_the_scan_is_written_as_it_goes(teacher, pool, tmp_path, monkeypatch):
+    (whole, _), item = scan(teacher, pool), Pool.__getitem__
 
     def failing(self, i):
         if i == 20:
@@ -73,62 +71,90 @@ def test_the_scan_is_written_as_it_goes(teacher, pool_folder, tmp_path, monkeypa
 
     monkeypatch.setattr(Pool, "__getitem__", failing)
     with pytest.raises(KeyboardInterrupt):
-        scan(teacher, files, part)
-    rows = torch.from_numpy(np.fromfile(part, dtype=np.float32)).view(-1, 2)
-    assert torch.equal(rows, whole[:16])
+        scan(teacher, pool, key="key", out=tmp_path)
+    assert np.array_equal(np.fromfile(tmp_path / "key.part", dtype=np.float32), whole[:16])
 
 
-def test_a_second_run_reads_the_scores_and_computes_nothing(teacher, pool_folder, tmp_path,
-                                                            monkeypatch):
-    files, store = find_images(pool_folder), tmp_path / "store"
-    first, _ = scan(teacher, files, None, store)
+def test_a_second_run_reads_the_scores_and_computes_nothing(teacher, pool, tmp_path, monkeypatch):
+    first, _ = scan(teacher, pool, key="key", out=tmp_path)
     monkeypatch.setattr(scoring, "score_pool", lambda *_: pytest.fail("scanned again"))
-    second, skipped = scan(teacher, files, None, store)
-    assert torch.equal(first, second) and skipped == []
+    assert torch.equal(scan(teacher, pool, key="key")[0], first)
+    with pytest.raises(pytest.fail.Exception):
+        scan(teacher, pool, key="another")
 
 
-def test_the_store_knows_teacher_layers_files_size_and_settings(teacher, pool_folder):
-    files, layers = find_images(pool_folder), bn_layers(teacher)
+def test_the_key_knows_teacher_layers_files_size_and_settings(teacher, pool):
+    layers = bn_layers(teacher)
     few = dict(list(layers.items())[:2])
-    paths = [scoring.store_path(teacher, layers, files, SIZE, Config()),
-             scoring.store_path(teacher, few, files, SIZE, Config()),
-             scoring.store_path(teacher, layers, files[1:], SIZE, Config()),
-             scoring.store_path(teacher, layers, files, (32, 32), Config()),
-             scoring.store_path(teacher, layers, files, SIZE, Config(metric="kl")),
-             scoring.store_path(teacher, layers, files, SIZE, Config(sampling="entropy"))]
-    files[3].write_bytes(files[3].read_bytes() + b" ")
-    paths.append(scoring.store_path(teacher, layers, files, SIZE, Config()))
+    keys = [score_key(teacher, layers, pool, Config()), score_key(teacher, few, pool, Config()),
+            score_key(teacher, layers, Pool(pool.files[1:], SIZE), Config()),
+            score_key(teacher, layers, Pool(pool.files, (32, 32)), Config())]
+    keys += [score_key(teacher, layers, pool, Config(**options)) for options in (
+        {"metric": "kl"}, {"align": "transfer-first"}, {"sampling": "confidence"},
+        {"sampling": "random"}, {"sampling": "random", "seed": 1})]
+    pool.files[3].write_bytes(pool.files[3].read_bytes() + b" ")
+    keys.append(score_key(teacher, layers, pool, Config()))
+    pool.files[7].unlink()                                       # vanished: no reason to stop
+    keys.append(score_key(teacher, layers, pool, Config()))
     next(iter(layers.values())).running_mean[0] += 1
-    paths.append(scoring.store_path(teacher, layers, files, SIZE, Config()))
-    assert len(set(paths)) == len(paths)
+    keys.append(score_key(teacher, layers, pool, Config()))
+    assert len(set(keys)) == len(keys)
     same = Config(seed=3, steps=7, budget=2, workers=1)
-    assert scoring.store_path(teacher, layers, files, SIZE, same) == paths[-1]
+    assert score_key(teacher, layers, pool, same) == keys[-1]
 
 
-def test_scores_made_by_other_code_are_not_used_again(teacher, pool_folder, tmp_path, monkeypatch):
-    files, layers = find_images(pool_folder), bn_layers(teacher)
-    before = scoring.store_path(teacher, layers, files, SIZE, Config())
-    for name in scoring.CODE:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(Path(scoring.__file__).parents[1] / f"{name}.py", tmp_path / f"{name}.py")
+def test_scores_made_by_other_code_are_not_used_again(teacher, pool, tmp_path, monkeypatch):
+    root, layers = Path(scoring.__file__).parents[1], bn_layers(teacher)
+    before = score_key(teacher, layers, pool, Config())
+    for path in (*root.glob("*.py"), *root.glob("support/*.py")):
+        (tmp_path / path.relative_to(root)).parent.mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / path.relative_to(root))
     monkeypatch.setattr(scoring, "__file__", str(tmp_path / "support" / "scoring.py"))
-    assert scoring.store_path(teacher, layers, files, SIZE, Config()) == before
+    assert score_key(teacher, layers, pool, Config()) == before
     with open(tmp_path / "bn_stats.py", "a") as file:
         file.write("# a distance of my own\n")
-    assert scoring.store_path(teacher, layers, files, SIZE, Config()) != before
+    assert score_key(teacher, layers, pool, Config()) != before
 
 
-def test_a_broken_and_a_vanished_file_score_nan_and_are_named(teacher, pool_folder, tmp_path):
-    files = find_images(pool_folder)
-    files[4].write_bytes(b"not a picture")
-    files[7].unlink()
-    for store in (tmp_path / "store", tmp_path / "store"):                # computed, then read
-        scores, skipped = scan(teacher, files, None, store)
-        assert scores[:, 0].isnan().nonzero().flatten().tolist() == [4, 7]
-        assert len(skipped) == 2 and files[4].name in skipped[0] and files[7].name in skipped[1]
-    scoring.store_path(teacher, bn_layers(teacher), files, SIZE, Config())  # does not raise
+def test_a_broken_and_a_vanished_file_score_nan_and_are_named(teacher, pool):
+    pool.files[4].write_bytes(b"not a picture")
+    pool.files[7].unlink()
+    for _ in ("computed", "read"):
+        scores, (first, second) = scan(teacher, pool, key="key")
+        assert scores.isnan().nonzero().flatten().tolist() == [4, 7]
+        assert "04.png: Unidentified" in first and "07.png: FileNotFound" in second
 
 
-def test_workers_do_not_change_a_score(teacher, pool_folder):
-    files = find_images(pool_folder)
-    assert torch.equal(scan(teacher, files)[0], scan(teacher, files, workers=2)[0])
+def test_a_score_that_is_not_finite_is_named_and_more_than_half_of_them_stop(pool):
+    scores = torch.arange(30.0)
+    scores[:15] = torch.inf
+    reasons = unusable(pool, scores)
+    assert reasons == [f"{path}: it could not be scored" for path in pool.files[:15]]
+    scores[15] = torch.nan
+    with pytest.raises(ValueError, match=r"16 of 30 files of the pool .*first is .*00\.png: it"):
+        unusable(pool, scores)
+
+
+def test_the_mean_shift_is_the_root_mean_square_of_standardised_channel_means(teacher, pool):
+    layers, indices = bn_layers(teacher), list(range(3, 25))     # two batches, the second smaller
+    with torch.no_grad(), capture_bn_inputs(teacher) as captured:
+        teacher(seen(pool)[3:25])
+    squares = [((mean - layer.running_mean) ** 2 / (layer.running_var + layer.eps)).mean().item()
+               for mean, layer in ((captured[name][0], layers[name]) for name in layers)]
+    assert mean_shift(teacher, layers, pool, indices) == pytest.approx(
+        (sum(squares) / len(squares)) ** 0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize(("near", "said"), [(0.2, "fits well"), (0.5, "fits in part"),
+                                            (0.9, "hardly fits")])
+def test_the_verdict_names_the_shift_of_the_chosen_and_of_usable_files_spread_over_the_pool(
+        monkeypatch, near, said):
+    looked = []
+    monkeypatch.setattr(scoring, "mean_shift", lambda teacher, layers, pool, indices: looked.append(
+        indices) or (near if len(looked) == 1 else 1.1))
+    found = {"scores": torch.arange(30.0), "chosen": torch.tensor([5, 6, 7]), "layers": None,
+             "pool": None}
+    found["scores"][0] = torch.nan
+    text = verdict(None, found, most=10)
+    assert f"This pool {said}: the chosen images lie {near:.2f} standard" in text and "1.10" in text
+    assert looked == [[5, 6, 7], list(range(1, 30, 3))]
