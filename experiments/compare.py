@@ -23,6 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+from matplotlib.figure import Figure
+
 import distill
 from support import plots
 from support.checkpoint import save_json
@@ -103,7 +106,8 @@ class Config(Options):
     runs: str | None = option(None, "folder of the single runs (default: named after --out)")
     out: str = option("results/compare.json", "the record that the table is made from")
     table: str | None = option(None, "instead: print the table of this record")
-    figure: str | None = option(None, "and draw it here (PNG)")
+    figure: str | None = option(None, "and draw its series, rows that end in a number of files or "
+                                "updates, here (PNG)", kind="FILE")
 
 
 def run_once(words, folder):
@@ -185,13 +189,19 @@ def paired(by_seed, reference):
     return f"{statistics.mean(both):+.1f} ± {half:.1f}"
 
 
+def size_of(row):
+    """Return (name, number, unit) of a row "name, 50 files" of a series; else (row, None, "")."""
+    found = re.fullmatch(r"(.+), (\d+) (files|updates)", row)
+    return (found[1], int(found[2]), found[3]) if found else (row, None, "")
+
+
 def like(name, names, other=None):
     """Return the row that `name` is compared with: the first of its size, "..., 50 files".
 
     other: a row's name without its size; the row of that name and of this size, or None.
     """
-    return next((n for n in names if plots.size_of(n)[1:] == plots.size_of(name)[1:]
-                 and other in (None, plots.size_of(n)[0])), None)
+    return next((n for n in names if size_of(n)[1:] == size_of(name)[1:]
+                 and other in (None, size_of(n)[0])), None)
 
 
 def table(record):
@@ -224,13 +234,41 @@ def table(record):
     return "\n".join(["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *lines])
 
 
+def draw(record, path):
+    """Write the figure of a record: mIoU over the sizes of its rows, a line per name."""
+    scores, lines = {}, {}
+    for run in record["runs"]:
+        scores.setdefault(run["row"], []).append(100 * run["student_miou"])
+    for row, values in scores.items():
+        name, number, unit = size_of(row)
+        deviation = np.std(values, ddof=1) if len(values) > 1 else 0
+        lines.setdefault(name, []).append((number, np.mean(values), deviation, unit))
+    figure = Figure(figsize=(6.5, 3.8), layout="constrained")
+    axes = figure.subplots()
+    ticks = sorted({number for points in lines.values() for number, *_ in points if number})
+    for k, (name, points) in enumerate(lines.items()):
+        number, mean, deviation, unit = zip(*points, strict=True)
+        if number[0] is None:
+            axes.axhline(mean[0], color=plots.GREY, ls="--", label=name)
+            continue
+        axes.errorbar(number, mean, deviation, color=f"C{k}", marker="o", ms=4, capsize=3,
+                      label=name)
+        axes.set_xlabel(unit[0])
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.minorticks_off()
+    axes.set_ylabel("student mIoU % (bars: deviation over seeds)")
+    axes.legend(frameon=False, fontsize=8)
+    plots.write(figure, path)
+
+
 def main(argv=None):
     """Run a preset, write its record, print its table; return the record."""
     cfg = parse(Config, argv, "Compare methods over seeds; every row is a line of distill.py.")
     record = json.loads(Path(cfg.table).read_text()) if cfg.table else collect(cfg)
     print(table(record))
     if cfg.figure:
-        plots.comparison(record, cfg.figure)
+        draw(record, cfg.figure)
     return record
 
 

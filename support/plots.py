@@ -5,8 +5,6 @@ Use it
     pool_check(chosen, size, "pool.png")      # what distill.distill returned
 """
 
-import re
-
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -159,67 +157,4 @@ def story(chosen, size, schedule, teacher, student, data, path):
     pool_rows(parts[1:3], chosen, size)
     for part, (name, pictures) in zip(parts[3:], rows.items(), strict=True):
         strip(part, pictures, f"6  {name.capitalize()}" if name == "input" else name.capitalize())
-    write(figure, path)
-
-
-def size_of(row):
-    """Return (name, number, unit) of a row "name, 50 files" of a series; else (row, None, "")."""
-    found = re.fullmatch(r"(.+), (\d+) (files|updates)", row)
-    return (found[1], int(found[2]), found[3]) if found else (row, None, "")
-
-
-def comparison(record, path):
-    """Write the figure of a record of experiments.compare.
-
-    The mIoU of each row beside what it picks; or, when rows are series ("name, 50 files",
-    "name, 100 files", ...), the mIoU over their sizes.
-    """
-    scores, picks = {}, {}
-    for run in record["runs"]:
-        scores.setdefault(run["row"], []).append(100 * run["student_miou"])
-        picks.setdefault(run["row"], run["picks"])
-    if any(size_of(row)[1] for row in scores):
-        series(scores, path)
-        return
-    figure = Figure(figsize=(11, 1.2 + 0.42 * len(scores)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for y, (name, values) in enumerate(scores.items()):
-        left.barh(y, np.mean(values), color=BLUE if y else GREY, height=0.6)
-        left.plot(values, [y] * len(values), "o", color=ORANGE, ms=4)
-        total, start = sum(picks[name].values()), 0
-        for k, kind in enumerate(sorted({kind for p in picks.values() for kind in p})):
-            share = 100 * picks[name].get(kind, 0) / total
-            right.barh(y, share, left=start, color=f"C{k}", height=0.6, label=kind if not y else "")
-            start += share
-    left.set(xlabel="student mIoU % (dots: seeds)",
-             yticks=range(len(scores)), yticklabels=list(scores))
-    left.invert_yaxis()
-    right.set(xlabel="what it picks, % of the chosen files")
-    right.legend(frameon=False, fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
-    write(figure, path)
-
-
-def series(scores, path):
-    """Write the figure of {row: mIoU % per seed} over the sizes of its rows, a line per name."""
-    lines = {}
-    for row, values in scores.items():
-        name, number, unit = size_of(row)
-        deviation = np.std(values, ddof=1) if len(values) > 1 else 0
-        lines.setdefault(name, []).append((number, np.mean(values), deviation, unit))
-    figure = Figure(figsize=(6.5, 3.8), layout="constrained")
-    axes = figure.subplots()
-    ticks = sorted({number for points in lines.values() for number, *_ in points if number})
-    for k, (name, points) in enumerate(lines.items()):
-        number, mean, deviation, unit = zip(*points, strict=True)
-        if number[0] is None:
-            axes.axhline(mean[0], color=GREY, ls="--", label=name)
-            continue
-        axes.errorbar(number, mean, deviation, color=f"C{k}", marker="o", ms=4, capsize=3,
-                      label=name)
-        axes.set_xlabel(unit[0])
-    axes.set_xscale("log")
-    axes.set_xticks(ticks, map(str, ticks))
-    axes.minorticks_off()
-    axes.set_ylabel("student mIoU % (bars: deviation over seeds)")
-    axes.legend(frameon=False, fontsize=8)
     write(figure, path)

@@ -58,16 +58,12 @@ def test_a_row_of_a_series_is_measured_against_the_original_images_of_its_size()
     assert [line.split(" | ")[3] for line in lines] == ["100", "78", "100", "90", ""]
 
 
-def test_the_figures_are_drawn(tmp_path, monkeypatch):
-    record = {"runs": runs("random", [30, 32]) + runs("nearest", [33, 36])}
-    plots.comparison(record, tmp_path / "a.png")
-    assert Image.open(tmp_path / "a.png").width > 800
-
+def test_a_series_is_drawn_over_its_sizes(monkeypatch):
     drawn = {}
     monkeypatch.setattr(plots, "write", lambda figure, path: drawn.update({path: figure.axes[0]}))
-    record["runs"] = (runs("random, 50 files", [30, 32]) + runs("random, 400 files", [33, 36])
-                      + runs("the whole pool", [34, 36]))
-    plots.comparison(record, "b.png")
+    record = {"runs": runs("random, 50 files", [30, 32]) + runs("random, 400 files", [33, 36])
+              + runs("the whole pool", [34, 36])}
+    compare.draw(record, "b.png")
     bars, level = drawn["b.png"].containers[0].lines[0], drawn["b.png"].lines[-1]
     assert level.get_ydata()[0] == 35 and drawn["b.png"].get_xlabel() == "files"
     assert bars.get_xdata().tolist() == [50, 400] and bars.get_ydata().tolist() == [31, 34.5]
@@ -76,7 +72,7 @@ def test_the_figures_are_drawn(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_a_series_of_one_seed_is_drawn_without_a_warning(tmp_path):
     record = {"runs": runs("random, 50 files", [30]) + runs("random, 400 files", [33])}
-    plots.comparison(record, tmp_path / "a.png")
+    compare.draw(record, tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").width > 400
 
 
