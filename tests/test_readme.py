@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torchvision
 from conftest import with_random_statistics
+from pictures import coordinates, mask, write
 
 from experiments import compare
 from support import options
@@ -91,6 +92,29 @@ def test_the_voc_and_cityscapes_commands_run(tmp_path, voc_tree, cityscapes_tree
     published = "DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1"
     assert ("deeplabv3_resnet50", published, None) in asked
     assert asked.count(("deeplabv3_resnet50", "None", "DEFAULT")) == 2           # both teachers
+
+
+def test_the_printed_sequence_runs_as_a_whole(tmp_path, pool_folder, monkeypatch):
+    """Each line finds what the lines before it wrote, where they wrote it; only sizes are small."""
+    (block,) = [body for _, body in BLOCKS if "--out runs/student" in body]
+    lines = [line.split() for line in block.replace("\\\n", " ").splitlines()]
+    assert [line[1] for line in lines] == ["train_teacher.py", *["distill.py"] * 3,
+                                           *["evaluate.py"] * 2, "export.py"]
+    pool_folder.rename(tmp_path / "photos")
+    labels = mask(*[[3, 0] * 24] * 31, [11] * 48)
+    for part in ("train", "val"):
+        for i in range(2):
+            write(tmp_path / "CamVid" / part / f"{i}.png", coordinates(48, 32, blue=i))
+            write(tmp_path / "CamVid" / f"{part}annot" / f"{i}.png", labels)
+    monkeypatch.chdir(tmp_path)
+    for _, program, *words in lines:
+        small = {"train_teacher.py": "--steps 2 --batch-size 2 --image-size 32 48",
+                 "distill.py": "--steps 2 --batch-size 2 --budget 5"}.get(program, "")
+        module(program).main([*words, *small.split()])
+    assert (tmp_path / "runs/fit/pool.png").exists() and (tmp_path / "student.pt2").exists()
+    assert len(list((tmp_path / "masks").rglob("*.overlay.jpg"))) == 30
+    unlabelled = json.loads((tmp_path / "runs/unlabelled/metrics.json").read_text())
+    assert unlabelled["student_miou"] is None
 
 
 def test_the_python_snippet_runs(tmp_path, pool_folder, monkeypatch, capsys):

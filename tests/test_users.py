@@ -14,7 +14,6 @@ from PIL import Image
 from torch import nn
 
 import distill
-from export import export
 from models import build_model, wrap
 from support import checkpoint, evaluation, plots
 from support.data import Views, find_images, load_image
@@ -54,13 +53,6 @@ def test_a_classes_file_from_windows_ignores_void_however_it_is_written(tmp_path
     (tmp_path / "classes.txt").write_text("\n".join(map(str, range(300))))
     with pytest.raises(ValueError, match=r"classes.txt has 300 lines; .*at most 255"):
         open_labelled("folder", tmp_path, "val", (2, 4))
-
-
-@pytest.mark.parametrize("wrong", [{"sampling": "herdin"}, {"align": "nonee"}, {"budget": -1},
-                                   {"lr": float("nan")}, {"image_size": 64}, {"amp": "fp16"}])
-def test_a_config_checks_itself_wherever_it_is_made(wrong):
-    with pytest.raises(ValueError, match=f"--{next(iter(wrong)).replace('_', '-')} takes .*; got"):
-        distill.Config(**wrong)
 
 
 @pytest.mark.parametrize(("classes", "message"), [
@@ -167,18 +159,6 @@ def test_the_program_does_not_learn_from_its_own_figures(pool_folder, tmp_path):
 
 # ---------------------------------------------------------------- tracebacks
 
-@pytest.mark.parametrize("change", [lambda s: s.pop("std"), lambda s: s.update(num_classes="x"),
-                                    lambda s: s["class_names"].pop()])
-def test_a_model_file_with_something_missing_is_one_sentence(tmp_path, change):
-    checkpoint.save_model(build_model("resnet_tiny", 3), tmp_path / "m.pt")
-    state = checkpoint.load(tmp_path / "m.pt")
-    change(state)
-    checkpoint.save(state, tmp_path / "m.pt")
-    with pytest.raises(ValueError, match=r"m\.pt cannot be used: .*; make it anew") as caught:
-        checkpoint.load_model(tmp_path / "m.pt")
-    assert "\n" not in str(caught.value)
-
-
 def test_a_refused_file_is_not_advertised_with_torchs_way_around_the_safeguard(tmp_path):
     torch.save(nn.Linear(2, 2), tmp_path / "m.pt")
     with pytest.raises(ValueError, match="nothing in it was run") as caught:
@@ -195,30 +175,9 @@ def test_a_list_of_files_may_come_from_excel_and_a_broken_one_is_named(tmp_path)
         find_images(tmp_path / "long.csv")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]"])
-def test_a_damaged_config_cannot_be_resumed_and_says_so(tmp_path, content):
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match="config.json is damaged"):
-        distill.main(["--resume", "--out", str(tmp_path)])
-
-
-def test_a_foreign_state_is_named(tmp_path, pool_folder):
-    checkpoint.save({"step": 3}, tmp_path / "state.pt")
-    from support.training import Training
-    with pytest.raises(ValueError, match=r"state\.pt is no state of this run; delete it"):
-        Training(build_model("resnet_tiny", 3), 4, 0.1, state_path=tmp_path / "state.pt")
-
-
-def test_a_device_that_is_not_there_is_one_sentence():
-    from support.options import pick_device
-    for name in ("mps", "cuda:99", "toaster"):
-        with pytest.raises(ValueError, match=f"--device {name} here; use cpu"):
-            pick_device(name)
-
-
 # ---------------------------------------------------------------- what annoyed
 
-def test_a_network_of_ones_own_can_be_scored_exported_and_put_to_work(tmp_path, pool_folder):
+def test_a_network_that_returns_a_dict_can_be_put_to_work(tmp_path, pool_folder):
     class Dictionary(nn.Module):
         def __init__(self):
             super().__init__()
@@ -229,8 +188,6 @@ def test_a_network_of_ones_own_can_be_scored_exported_and_put_to_work(tmp_path, 
 
     student = wrap(Dictionary(), 3).eval()
     assert evaluation.write_masks(student, pool_folder, tmp_path / "m", (32, 48), "cpu") == 30
-    export(student, tmp_path / "s.pt2", (32, 48))
-    assert (tmp_path / "s.pt2").stat().st_size > 1000
 
 
 def test_every_picture_of_masks_has_a_legend_and_void_a_colour_of_its_own(tmp_path, monkeypatch):
