@@ -35,9 +35,11 @@ from support.answers import answers_of, keep
 from support.colours import private_colours
 from support.data import Batches, Pool, Views, find_images
 from support.labelled import DATASETS, Labels, labels
-from support.options import Running, one_sentence, option, parse_losses, pick_amp
+from support.options import Running, filled, one_sentence, option, parse_losses, pick_amp
 from support.scoring import look_over, scan, score_key
 from support.training import Training
+
+DEFAULTS = {"steps": 7200, "views": 24}
 
 
 def rule_of_choice(teacher, layers, cfg, count):
@@ -60,7 +62,7 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     dict: files, distances and weights of the chosen, nearest first; their indices in the pool
     (chosen), the pool, its scores, why files were skipped, layers, times and the loss curve.
     """
-    cfg, out, laps = cfg or Config(), out and Path(out), records.Laps()
+    cfg, out, laps = filled(cfg or Config(), **DEFAULTS), out and Path(out), records.Laps()
     teacher, student, (pixel, channel) = freeze(wrap(teacher)), wrap(student), parse_losses(cfg.kd)
     prepare = private_colours(teacher, size) if cfg.align == "transfer-first" else None
     pool = Pool(pool if isinstance(pool, list) else find_images(pool), size, prepare)
@@ -136,8 +138,10 @@ class Config(Labels, Running):
     align: str = method("none", "give photographs the private colours before choosing (ours)",
                         ("none", "transfer-first"))
     kd: str = method("pixelwise+channelwise", "losses, as in pixelwise+10*channelwise")
-    views: int = training(24, "views of each photograph, answered once; 0: always new ones")
-    steps: int = training(1500, "number of updates")
+    views: int | None = training(None, "views of each photograph, answered once; 0: always new ones "
+                                 "(default: 24; 8 for the built-in scenes)")
+    steps: int | None = training(None, "number of updates (default: 7200; 800 for the built-in "
+                                 "scenes)", least=1)
     batch_size: int = training(16, "images an update", least=1)
     lr: float = training(0.01, "highest learning rate")
     image_size: tuple[int, int] | None = training(None, "crop size (default: the teacher's)")
@@ -157,7 +161,7 @@ def new_student(cfg, teacher):
 def run(cfg, out):
     """Run the method as the options say, in the folder `out`; return the metrics it prints."""
     parse_losses(cfg.kd)                         # a typing error is found before anything is read
-    cfg, teacher, files, held_out, laps = command.opened(cfg, out)
+    cfg, teacher, files, held_out, laps = command.opened(cfg, out, DEFAULTS)
     size, student = teacher.image_size, new_student(cfg, teacher)
     found = distill(teacher, student, files, size, cfg, out)
     if cfg.dry_run:

@@ -71,7 +71,7 @@ def export(model, path, size):
     for shape in ((1, 3, *size), (3, 3, size[0] + 33, size[1] + 18)):
         images = torch.rand(shape)
         other = loaded(images).argmax(dim=1) != model(images).argmax(dim=1)       # (B, H, W)
-        if other.any():
+        if other.float().mean() > 1e-4:                 # rounding may decide where classes tie
             raise ValueError(f"{path} gives other masks than the checkpoint, in "
                              f"{other.float().mean():.2%} of the pixels of {shape}; do not use it")
 

@@ -1,7 +1,7 @@
 """What the command line adds to the method: what it needs before, what it tells and reports after.
 
 Use it
-    cfg, teacher, files, held_out, laps = opened(cfg, out)          # see distill.run
+    cfg, teacher, files, held_out, laps = opened(cfg, out, DEFAULTS)   # see distill.run
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from priority import effective_sample_size, progressive_weights
 from support import checkpoint, plots, records
 from support.data import Pool, find_images, hold_out, leave_out
 from support.labelled import DATASETS, check_labels, open_labelled
-from support.options import pick_device
+from support.options import filled, pick_device
 from support.scoring import verdict
 from train_teacher import builtin_teacher
 
@@ -35,7 +35,7 @@ def load_teacher(cfg):
     return freeze(model).to(pick_device(cfg.device), memory_format=torch.channels_last)
 
 
-def opened(cfg, out):
+def opened(cfg, out, defaults):
     """Return (cfg, teacher, pool files, what to evaluate on, times) for the options.
 
     Draws the built-in scenes and trains their teacher where nothing else is named. To evaluate on:
@@ -47,7 +47,9 @@ def opened(cfg, out):
         if cfg.pool or cfg.teacher or cfg.teacher_model:
             raise ValueError("--dataset is missing; say which labels there are, or none")
         root, teacher = builtin_teacher(cfg.image_size, cfg.device, cfg.amp)
-        cfg = dataclasses.replace(cfg, data_root=root, pool=f"{root}/pool", teacher=teacher)
+        cfg = filled(dataclasses.replace(cfg, data_root=root, pool=f"{root}/pool", teacher=teacher),
+                     steps=800, views=8)
+    cfg = filled(cfg, **defaults)
     if not cfg.pool:
         raise ValueError("--pool is missing; name a folder of unlabelled photographs")
     laps("scenes and teacher")

@@ -19,7 +19,7 @@ import re
 import signal
 import sys
 import typing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial, wraps
 
 import torch
@@ -122,6 +122,11 @@ def given(config_class, argv, description):
 def parse(config_class, argv, description):
     """Return a `config_class` made of the words `argv` (None: sys.argv)."""
     return config_class(**given(config_class, argv, description))
+
+
+def filled(cfg, **defaults):
+    """Return a config in which those of these options that were not set have these values."""
+    return replace(cfg, **{k: v for k, v in defaults.items() if getattr(cfg, k) is None})
 
 
 def parse_losses(text):

@@ -12,6 +12,8 @@ heights, lengths in a scene in metres: X to the right, Y up, Z away from the cam
 """
 import colorsys
 import math
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -328,25 +330,34 @@ def wild_image(seed, index, size=(64, 96)):
     return c.develop(0.12)[0], kind
 
 
-def write_scenes(root, seed=0, size=(64, 96), train=600, val=150, pool=2000, progress=iter):
+def write_picture(root, seed, size, job):
+    """Write picture i of a split, or of the pool, below root; return its kind."""
+    split, i = job
+    if split == "pool":
+        image, kind = wild_image(seed, i, size)
+        image.save(root / f"pool/{i:04d}.png", compress_level=1)        # noise hardly packs
+        return kind
+    image, label = street_scene(seed, split, i, size)
+    image.save(root / f"{split}/images/{i:04d}.png", compress_level=1)
+    label.save(root / f"{split}/labels/{i:04d}.png")
+    return "private"
+
+
+def write_scenes(root, seed=0, size=(64, 96), train=600, val=150, pool=2000,
+                 progress=lambda pictures, total: pictures):
     """Write all images as PNG below root, unless root/complete, written last of all, exists."""
-    root, kinds = Path(root), ["file,kind"]
+    root = Path(root)
     if (root / "complete").exists():
         return
     for folder in ("train/images", "train/labels", "val/images", "val/labels", "pool"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     jobs = [(split, i) for split, count in (("train", train), ("val", val), ("pool", pool))
             for i in range(count)]
-    for split, i in progress(jobs):
-        if split == "pool":
-            image, kind = wild_image(seed, i, size)
-            image.save(root / f"pool/{i:04d}.png", compress_level=1)    # noise hardly packs
-            kinds.append(f"{i:04d}.png,{kind}")
-        else:
-            image, label = street_scene(seed, split, i, size)
-            image.save(root / f"{split}/images/{i:04d}.png", compress_level=1)
-            label.save(root / f"{split}/labels/{i:04d}.png")
-    (root / "pool_kinds.csv").write_text("\n".join(kinds) + "\n", "utf-8", newline="\n")
+    with ProcessPoolExecutor() as processes:
+        draw = partial(write_picture, root, seed, size)
+        kinds = list(progress(processes.map(draw, jobs, chunksize=8), total=len(jobs)))
+    rows = ["file,kind", *(f"{i:04d}.png,{kind}" for i, kind in enumerate(kinds[train + val:]))]
+    (root / "pool_kinds.csv").write_text("\n".join(rows) + "\n", "utf-8", newline="\n")
     (root / "complete").touch()
 
 

@@ -40,8 +40,8 @@ def learning_rate(step, steps, lr0):
     return lr0 * min(1, (step + 1) / 50) * (1 - step / steps) ** 0.9
 
 
-OPTIMISERS = {"adamw": partial(torch.optim.AdamW, weight_decay=0.01),
-              "sgd": partial(torch.optim.SGD, momentum=0.9, weight_decay=1e-4)}
+OPTIMISERS = {"adamw": partial(torch.optim.AdamW, weight_decay=0.01, fused=True),
+              "sgd": partial(torch.optim.SGD, momentum=0.9, weight_decay=1e-4, fused=True)}
 
 
 @contextmanager
