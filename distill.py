@@ -138,9 +138,9 @@ class Config(Labels, Running):
     align: str = method("none", "give photographs the private colours before choosing (ours)",
                         ("none", "transfer-first"))
     kd: str = method("pixelwise+channelwise", "losses, as in pixelwise+10*channelwise")
-    views: int | None = training(None, "views of each photograph, answered once; 0: always new ones "
+    views: int | None = training(None, "views of a photograph, answered once each; 0: always new "
                                  "(default: 24; 8 for the built-in scenes)")
-    steps: int | None = training(None, "number of updates (default: 7200; 800 for the built-in "
+    steps: int | None = training(None, "number of updates (default: 7200; 500 for the built-in "
                                  "scenes)", least=1)
     batch_size: int = training(16, "images an update", least=1)
     lr: float = training(0.01, "highest learning rate")

@@ -48,7 +48,7 @@ def opened(cfg, out, defaults):
             raise ValueError("--dataset is missing; say which labels there are, or none")
         root, teacher = builtin_teacher(cfg.image_size, cfg.device, cfg.amp)
         cfg = filled(dataclasses.replace(cfg, data_root=root, pool=f"{root}/pool", teacher=teacher),
-                     steps=800, views=8)
+                     steps=500, views=8)
     cfg = filled(cfg, **defaults)
     if not cfg.pool:
         raise ValueError("--pool is missing; name a folder of unlabelled photographs")

@@ -343,7 +343,7 @@ def write_picture(root, seed, size, job):
     return "private"
 
 
-def write_scenes(root, seed=0, size=(64, 96), train=600, val=150, pool=2000,
+def write_scenes(root, seed=0, size=(64, 96), train=500, val=100, pool=1600,
                  progress=lambda pictures, total: pictures):
     """Write all images as PNG below root, unless root/complete, written last of all, exists."""
     root = Path(root)
