@@ -16,7 +16,7 @@ Use it
 
 import os
 import tempfile
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -54,14 +54,16 @@ def half_tensor(shape, folder):
     path = Path(folder or tempfile.gettempdir()) / f"answers.{os.getpid()}"
     try:
         with open(path, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, 2 * size)       # a full disk shows now, not later
+            if hasattr(os, "posix_fallocate"):                   # a full disk shows now, not later
+                os.posix_fallocate(file.fileno(), 0, 2 * size)
         tensor = torch.from_file(str(path), shared=True, size=size, dtype=torch.float16)
     except OSError as error:
         raise OSError(f"no room for {2 * size / 1e9:.0f} GB of the teacher's answers in "
                       f"{path.parent} ({error.strerror}); lower --views or --budget, or use "
                       "--views 0") from error
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):                                  # Windows keeps it until the end
+            path.unlink()
     return tensor.view(shape)
 
 

@@ -13,7 +13,8 @@ import platform
 import shlex
 import subprocess
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from time import perf_counter, process_time
 
@@ -51,11 +52,12 @@ def digest(cfg):
 # ---------------------------------------------------------------- the folder
 
 def begun(out):
-    """Say whether a folder holds more than a config.json, or than what begins with a dot.
+    """Say whether a folder holds more than a config.json, a skipped.csv and hidden files.
 
     A run that failed before its first result, over a mistyped path say, leaves no more.
     """
-    return out.is_dir() and any(p.name != "config.json" and p.name[0] != "." for p in out.iterdir())
+    return out.is_dir() and any(p.name not in ("config.json", "skipped.csv") and p.name[0] != "."
+                                for p in out.iterdir())
 
 
 @contextmanager
@@ -106,12 +108,17 @@ def configured(config_class, words):
     return config_class(**{k: v for k, v in (kept | words).items() if k in known})
 
 
-def pick_folder(cfg, root=Path("runs")):
-    """Return the folder of a run: --out, or the next free number below runs/."""
+def lock_folder(cfg, stack, root=Path("runs")):
+    """Return the folder of a run, locked: --out, or the next free number below runs/."""
     if cfg.out:
+        stack.enter_context(locked(Path(cfg.out)))
         return Path(cfg.out)
     taken = [int(p.name) for p in root.glob("[0-9]*") if p.name.isdigit() and begun(p)]
-    return root / f"{max(taken, default=0) + 1:03d}"
+    for number in count(max(taken, default=0) + 1):
+        with suppress(ValueError):                       # else another program was quicker
+            stack.enter_context(locked(root / f"{number:03d}"))
+            return root / f"{number:03d}"
+    return None
 
 
 @contextmanager
@@ -121,8 +128,8 @@ def open_run(cfg):
     Raises ValueError if the folder holds something and --resume was not given. An interruption, a
     full disk and the like get the command that goes on from there.
     """
-    out = pick_folder(cfg)
-    with locked(out):
+    with ExitStack() as stack:
+        out = lock_folder(cfg, stack)
         if begun(out) and not cfg.resume:
             raise ValueError(f"{out} is not empty; choose another --out, or add --resume to go on "
                              "with the run in it")

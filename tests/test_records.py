@@ -247,3 +247,9 @@ def test_the_closing_lines_give_the_result_with_and_without_labels():
 def test_every_neutral_option_says_where_or_how_and_nothing_that_changes_a_result():
     assert {"seed", "steps", "amp", "batch_size"}.isdisjoint(records.NEUTRAL)
     assert {"out", "resume", "device", "workers"} <= records.NEUTRAL
+
+
+def test_two_runs_that_draw_a_number_at_once_get_two_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with open_run(Config()) as first, open_run(Config()) as second:
+        assert (str(first), str(second)) == ("runs/001", "runs/002")

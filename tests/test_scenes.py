@@ -69,8 +69,9 @@ def test_the_pool_has_nine_kinds_and_the_related_ones_are_a_minority():
 
 
 def test_files_are_laid_out_as_promised_and_an_interrupted_writing_is_redone(tmp_path):
-    def stop_early(jobs):
-        yield from jobs[:4]
+    def stop_early(pictures, total):
+        assert total == 9
+        yield next(pictures)
         raise KeyboardInterrupt
     sizes = {"size": (24, 36), "train": 3, "val": 2, "pool": 4}
     with pytest.raises(KeyboardInterrupt):
