@@ -31,7 +31,7 @@ Worked example (the private data lie around 0; the demo prints it, a test assert
     their x = 1  1  2, mean 1.33              each is near 0, yet the set sits on one side of it
 
 Use it
-    from ads_sampler import sample, score_pool
+    from ads_sampler import sample, score_pool                # loader: of images, in batches
     distances = score_pool(lambda images: image_distances(teacher, images), loader)      # (N,)
     chosen = sample(distances, budget=400)                               # (400,) indices
 

@@ -2,7 +2,7 @@
 
 Picture
     One channel of a network answers to upright edges. Over all the streets of its training the
-    mean answer was 0.4, and BatchNorm still keeps it. A street gives 0.5: near. The sea 0.1: far.
+    mean answer was 0.4, and BatchNorm still keeps it. A street gives 0.5: near. A curtain 0.1: far.
 
 Idea
     A trained network, the teacher, keeps in its BatchNorm layers the mean and variance of every
@@ -193,7 +193,7 @@ def demo():
             ("foreign: 3 units too bright", layer, noise[:1] + 3)):
         row = [f"{m} {image_distances(network, images, None, m).median():6.3f}" for m in METRICS]
         print(f"{what:40s}" + "    ".join(row))
-    print("running_var also holds how images differ: the nearest makes up for it by its contrast.")
+    print("running_var holds the variance inside images and between them; one image has the first.")
 
 
 if __name__ == "__main__":

@@ -43,14 +43,15 @@ DEFAULTS = {"steps": 7200, "views": 24}
 
 
 def rule_of_choice(teacher, layers, cfg, count):
-    """Return what scores photographs, smallest first: (images (B, 3, H, W), numbers (B,)) -> (B,).
+    """Return the score of cfg.sampling, a function of images (B, 3, H, W) and their places in the
+    pool (B,): (B,), small is good.
     """
     if cfg.sampling == "random":
-        lots = torch.rand(count, generator=torch.Generator().manual_seed(cfg.seed))
-        return lambda images, numbers: lots[numbers.cpu()]
-    if cfg.sampling == "confidence":                        # of the surest class, as DFND does
-        return lambda images, numbers: 1 - teacher(images).float().softmax(1).amax(1).mean((1, 2))
-    return lambda images, numbers: image_distances(teacher, images, layers, cfg.metric)
+        drawn = torch.rand(count, generator=torch.Generator().manual_seed(cfg.seed))
+        return lambda images, places: drawn[places.cpu()]
+    if cfg.sampling == "confidence":         # 1 - mean over pixels of the largest probability
+        return lambda images, places: 1 - teacher(images).float().softmax(1).amax(1).mean((1, 2))
+    return lambda images, places: image_distances(teacher, images, layers, cfg.metric)
 
 
 def distill(teacher, student, pool, size, cfg=None, out=None):
@@ -58,21 +59,25 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
 
     teacher, student: modules on one device, from RGB in [0, 1] to logits of the same classes (see
     `models.wrap`). pool: a folder, or a list of files. size: (H, W). out: folder for a record from
-    which an interrupted run goes on. Trains `student` and freezes `teacher` in place. Returns a
-    dict: files, distances and weights of the chosen, nearest first; their indices in the pool
-    (chosen), the pool, its scores, why files were skipped, layers, times and the loss curve.
+    which an interrupted run goes on. Freezes `teacher`, and trains `student` in place and leaves it
+    in eval mode. Returns a dict: files, distances and weights of the chosen, nearest first; their
+    places in the pool (chosen); pool, scores, skipped (why), layers, laps (times); and curve, the
+    loss, but for a dry run, which ends before step 5.
     """
     cfg, out, laps = filled(cfg or Config(), **DEFAULTS), out and Path(out), records.Laps()
-    teacher, student, (pixel, channel) = freeze(wrap(teacher)), wrap(student), parse_losses(cfg.kd)
+    teacher, student = freeze(wrap(teacher)), wrap(student)
+    pixel_weight, channel_weight = parse_losses(cfg.kd)
+    # --align: photographs are read in the private colours, here and in every later step.
     prepare = private_colours(teacher, size) if cfg.align == "transfer-first" else None
     pool = Pool(pool if isinstance(pool, list) else find_images(pool), size, prepare)
     device = next(teacher.parameters()).device
 
     # 1. Read what the teacher remembers of its training data.
     layers = select_layers(bn_layers(teacher), cfg.layers)
-    like = look_over(teacher, student, layers, pool, cfg)          # (h, w) of the student's logits
+    logit_size = look_over(teacher, student, layers, pool, cfg)    # stops here if they do not fit
 
-    # 2. Score the pool: how far is each photograph from that? (ads_sampler.score_pool on disk)
+    # 2. Score the pool: how far is each photograph from that? `scan` is ads_sampler.score_pool,
+    #    with scores kept on disk, so that a stopped run goes on.
     rule = rule_of_choice(teacher, layers, cfg, len(pool))
     key = out and score_key(teacher, layers, pool, cfg)
     scores, skipped = scan(rule, pool, device, cfg.workers, out, key)              # (N,)
@@ -80,7 +85,7 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     # 3. Sample a budget of the nearest (ADS).
     chosen = sample(scores, cfg.budget or int(scores.isfinite().sum()))            # (budget,)
 
-    # 4. Weight them (WDPD): the nearest 1, the farthest 0, and all of them 1 in the end.
+    # 4. Weight them (WDPD): the nearest 1, the farthest 0. In step 5 all move to 1.
     weights = sample_weights(scores[chosen], cfg.weighting)                        # (budget,)
     found = {"files": [pool.files[i] for i in chosen.tolist()], "chosen": chosen, "scores": scores,
              "distances": scores[chosen], "weights": weights, "pool": pool, "layers": layers,
@@ -90,24 +95,25 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     if cfg.dry_run:
         return found
 
-    # 5. Distil: the student learns to answer as the teacher does, who is asked once for each view.
+    # 5. Distil: the student learns to answer as the teacher does. The teacher answers each view of
+    #    a photograph (a crop, a flip, a change of light) once, before; with --views 0, each time.
     weights = weights.to(device)
-    run = Training(student, cfg.steps, cfg.lr, cfg.seed, pick_amp(cfg.amp, device),
-                   out and out / "state.pt")
-    ask = partial(answers_of, teacher, like=like, precision=run.precision())
+    trainer = Training(student, cfg.steps, cfg.lr, cfg.seed, pick_amp(cfg.amp, device),
+                       out and out / "state.pt")
+    ask = partial(answers_of, teacher, like=logit_size, precision=trainer.precision())
     views = Views(found["files"], size, cfg.seed, prepare=prepare)
-    kept = keep(ask, views, cfg, device, out)
-    batches = Batches(views, cfg.batch_size, kept)
-    for progress, images, slots, *answers in run.batches(batches, cfg.workers):    # (B, 3, H, W)
-        answers = answers[0] if kept else ask(images)                              # (B, K, h, w)
-        with run.precision():
+    batches = Batches(views, cfg.batch_size, keep(ask, views, cfg, device, out))
+    for progress, images, slots, answers in trainer.batches(batches, cfg.workers):
+        if answers is None:                                # slots: which of the chosen files (B,)
+            answers = ask(images)                                                  # (B, K, h, w)
+        with trainer.precision():
             logits = student(images)                                               # (B, K, h, w)
-        losses = (pixel * pixelwise_kd(logits, answers)
-                  + channel * channelwise_kd(logits, answers))                     # (B,)
+        losses = (pixel_weight * pixelwise_kd(logits, answers)
+                  + channel_weight * channelwise_kd(logits, answers))              # (B,), float32
         now = progressive_weights(weights, progress, cfg.schedule)                 # (budget,)
-        run.step(weighted_loss(losses, now[slots], now.mean()))
+        trainer.step(weighted_loss(losses, now[slots], now.mean()))     # backward, AdamW, schedule
     laps("distillation")
-    return {**found, "curve": run.curve}
+    return {**found, "curve": trainer.curve}
 
 
 # ---------------------------------------------------------------- options and command
@@ -117,7 +123,7 @@ nets, method, training, running = (partial(option, group=g) for g in (
 
 
 @dataclass(frozen=True)
-class Config(Labels, Running):
+class Config(Labels, Running):      # and: data_root, download, num_classes; seed, device, amp, ...
     dataset: str = labels("scenes", "labels to evaluate on; none: no labels", tuple(DATASETS))
     split: str = labels("val", "part to evaluate on; 'val:A,B' keeps files that begin so")
     pool: str | None = option(None, "unlabelled photographs: a folder, or a run's chosen.csv",

@@ -75,6 +75,8 @@ def evaluate(model, loader, num_classes, reference=None, device=None, ignore_ind
     resized to the targets. reference: a second model that takes the place of the targets; the
     loader's are then only read where they say `ignore_index`, and may be None.
     """
+    if getattr(model, "training", False):
+        raise ValueError("the model is in training mode; call model.eval() first")
     device = device or next(model.parameters()).device
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     for images, targets in loader:
@@ -121,7 +123,7 @@ def report(results, class_names):
 
 def main(argv=None):
     """Score a checkpoint on labelled data, or write masks for a folder; return the metrics."""
-    from support.evaluation import main  # the command needs more than torch, the lesson not
+    from support.evaluation import main  # here, so that the functions above need torch alone
     return main(argv)
 
 

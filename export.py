@@ -14,6 +14,7 @@ Run it
     python export.py --checkpoint runs/001/student.pt --teacher runs/teacher/teacher.pt
 """
 
+import copy
 import io
 import statistics
 import time
@@ -51,13 +52,13 @@ class AtImageSize(nn.Module):
 
 @torch.no_grad()
 def export(model, path, size):
-    """Write `model`, on the CPU and in eval mode, to `path`, for any B, and H and W from 32 on.
+    """Write a copy of `model`, on the CPU and in eval mode, to `path`, for any B, H and W from 32.
 
     Raises ValueError if the file, loaded again, gives other masks at `size` = (H, W) or beside it.
     """
     if min(size) < 32:
         raise ValueError(f"an image size of {size} is too small to export; use 32 32 or more")
-    model = AtImageSize(model)
+    model = AtImageSize(copy.deepcopy(model).cpu().eval())
     auto = torch.export.Dim.AUTO                        # but a batch of one would stay one
     program = torch.export.export(model, (torch.rand(2, 3, 128, 160),),
                                   dynamic_shapes=({0: auto, 2: auto, 3: auto},))

@@ -14,7 +14,8 @@ Equation
     pixelwise    T^2 mean over pixels of sum over k of t log(t / s),  s, t = softmax_k(logits / T)
     channelwise  T^2 mean over k of sum over pixels of t log(t / s),  s, t = softmax_hw(logits / T)
 
-    Logits are compared as the networks give them, at their own resolution: nothing is resized.
+    Both logits have one shape, as small as the networks give them: nothing is resized here, and
+    nothing need be brought to the image's size.
     The value does not depend on the batch and does not grow with the crop (channelwise: its upper
     limit does).
 

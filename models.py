@@ -108,17 +108,11 @@ class MobileNetV2Features(nn.Module):
     def __init__(self, weights):
         super().__init__()
         self.features = torchvision.models.mobilenet_v2(weights=weights).features[:-1]
-        stride, dilation = 1, 1
-        for block in self.features:
-            behind = dilation
-            for conv in (m for m in block.modules() if isinstance(m, nn.Conv2d)):
-                if conv.stride == (2, 2):
-                    if stride == 16:
-                        conv.stride, dilation = (1, 1), 2 * dilation
-                    else:
-                        stride *= 2
-                if conv.kernel_size == (3, 3):
-                    conv.dilation = conv.padding = (behind, behind)
+        for i, block in enumerate(self.features[14:]):      # block 14 would go from 16 to 32
+            depthwise = block.conv[1][0]                    # 3x3
+            depthwise.stride = (1, 1)
+            if i:
+                depthwise.dilation = depthwise.padding = (2, 2)
 
     def forward(self, x):
         return self.features(x)
@@ -141,8 +135,7 @@ class SegmentationModel(nn.Module):
     """A network with its normalisation and its name: RGB in [0, 1] -> logits at its own stride.
 
     net: any module from normalised images to logits, `{"out": logits}` or an object with `.logits`.
-    The mean and the standard deviation (3,) are buffers; name, class names and the image size
-    (H, W) that it was trained at, if known, travel along.
+    Mean and standard deviation (3,) are buffers; image_size: (H, W) it was trained at, if known.
     """
 
     def __init__(self, net, name, num_classes, mean=IMAGENET_MEAN, std=IMAGENET_STD,
@@ -226,7 +219,7 @@ def build_model(name, num_classes=None, weights=None, weights_backbone=None, **m
 def freeze(model):
     """Return `model` in eval mode, without gradients, and unable to leave that mode.
 
-    Else a larger module put in train() would overwrite the BatchNorm statistics inside it.
+    Otherwise `train()` on a module that contains it would overwrite its statistics.
     """
     model.eval().requires_grad_(False)
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""In which order should a student learn? Near images count most at first, in the end all alike.
+"""How much should each image count, and when? Near ones most at first, in the end all alike.
 
 Picture
     You learn the accent of a town from recordings. In the first weeks you listen most to speakers
@@ -25,6 +25,7 @@ Paper
 
 Symbols
     N chosen images, B images of a batch, d (N,) distances, w (N,) weights, l (B,) losses.
+    r: how far the weights have moved to 1.
 
 Worked example (the demo prints it, a test asserts it)
     d = 1  2  3  11:       minmax  w = 1  0.9  0.8  0,  at p = 0.5  w = 1  0.95  0.9  0.5

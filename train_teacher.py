@@ -1,4 +1,4 @@
-"""The data owner's side: train a teacher on labelled images, and hand over nothing but its weights.
+"""The data owner's side: train a teacher on labelled images, and hand over nothing but the network.
 
 Idea
     DFSS starts from a trained network. Where none exists, this makes one: cross-entropy on random
@@ -75,7 +75,7 @@ def train_teacher(cfg, out):
     model = build_model(cfg.model, len(data.class_names), class_names=data.class_names,
                         weights_backbone="DEFAULT" if cfg.backbone == "imagenet" else None,
                         image_size=size).to(device)
-    # Labels at half the size teach as well as at full size, at a quarter of the loss's cost.
+    # Labels at half the size: a quarter of the loss's cost, and as good (results/labels.csv).
     half = tuple(max(side // 2, 1) for side in size)
     views = Views(data.images, size, cfg.seed, jitter=cfg.jitter, labelled=data, label_size=half)
     run = Training(model, cfg.steps, cfg.lr, cfg.seed, pick_amp(cfg.amp, device), out / "state.pt",

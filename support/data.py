@@ -12,7 +12,7 @@ Symbols
 Use it
     from support.data import Batches, Pool, Views, find_images
     batches = Batches(Views(files, size=(96, 128), seed=0), batch_size=16)
-    images, slots = batches[t]                # (B, 3, H, W) uint8, (B,) indices of files
+    images, slots, _ = batches[t]             # (B, 3, H, W) uint8, (B,) indices of files
 """
 
 import csv
@@ -290,7 +290,7 @@ class Batches(Dataset):
 
     Every file is used once before any is used again, and each time with its next view: one of
     those in `kept`, an `answers.Kept`, or without end. Behind the slots come the teacher's answers
-    (B, K, h, w) that were kept, or the targets (B, h, w) of labelled views.
+    (B, K, h, w) that were kept, the targets (B, h, w) of labelled views, or None.
     """
 
     def __init__(self, views, batch_size, kept=None):
@@ -315,6 +315,6 @@ class Batches(Dataset):
             return images, slots, answers
         views = [self.views[key] for key in keys]
         if not self.views.labelled:
-            return torch.stack(views), slots
+            return torch.stack(views), slots, None
         images, targets = zip(*views, strict=True)
         return torch.stack(images), slots, torch.stack(targets)

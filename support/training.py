@@ -164,7 +164,7 @@ class Training:
                     group["lr"] = learning_rate(t, self.steps, self.lr)
                 # Dropout depends on (seed, t) alone. On a CPU only the low 32 bits of a seed count.
                 torch.manual_seed(1_000_003 * self.seed + t)
-                yield t / self.steps, *(as_input(x, self.device) for x in batch)
+                yield t / self.steps, *(x if x is None else as_input(x, self.device) for x in batch)
                 self.done, last = t + 1, t + 1 == self.steps
                 if self.done % CHECK_EVERY == 0 or last:
                     self.curve.append((self.done, self.look()))

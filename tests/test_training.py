@@ -45,7 +45,7 @@ def usual_loss(model, t, progress, images):
 def train(model, steps=12, lr=0.1, loss=usual_loss, data=None, workers=0, **how):
     """Train with a loss (model, step, progress, images) -> scalar; return the run."""
     run = Training(model, steps, lr, **how)
-    for progress, images, _ in run.batches(data or Noise(), workers):
+    for progress, images, *_ in run.batches(data or Noise(), workers):
         with run.precision():
             value = loss(model, run.done, progress, images)
         run.step(value)
