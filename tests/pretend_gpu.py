@@ -4,7 +4,7 @@ torch's fake tensors have a shape and a device, say "cuda:0", but no values, and
 a GPU refuses. Each of these holds its values too, on the CPU, and all that may not be mixed is
 refused: so whole runs, with all that depends on values, go as on a GPU.
 
-Importing it skips a test file where this torch has no fake CUDA tensors: their module is private.
+A test that needs one is skipped where this torch has no fake CUDA tensors: their module is private.
 """
 
 from contextlib import contextmanager, suppress
@@ -14,12 +14,19 @@ import torch
 from torch import nn
 
 fake = pytest.importorskip("torch._subclasses.fake_tensor")
-try:
-    UNKNOWN = fake.DataDependentOutputException, fake.DynamicOutputShapeException
-    with fake.FakeTensorMode():
-        nn.Conv2d(3, 4, 3, device="cuda")(torch.rand(1, 3, 8, 8, device="cuda"))
-except Exception as error:                        # whatever a private module may raise one day
-    pytest.skip(f"this torch has no fake CUDA tensors: {error!r}", allow_module_level=True)
+UNKNOWN = fake.DataDependentOutputException, fake.DynamicOutputShapeException
+
+
+def need_fakes():
+    """Skip a test where fake CUDA tensors do not work.
+
+    Not on import: once there were some, a forked process can no longer run a backward pass.
+    """
+    try:
+        with fake.FakeTensorMode():
+            nn.Conv2d(3, 4, 3, device="cuda")(torch.rand(1, 3, 8, 8, device="cuda"))
+    except Exception as error:                    # whatever a private module may raise one day
+        pytest.skip(f"this torch has no fake CUDA tensors: {error!r}")
 
 
 def each(f, tree):
@@ -89,6 +96,7 @@ def keep_layout(old, new):
 @contextmanager
 def surroundings(monkeypatch):
     """Yield a PretendGpu to enter, with what it needs around it."""
+    need_fakes()
     monkeypatch.setattr(torch.Tensor, "numpy", to_numpy)
     monkeypatch.setattr(torch.Tensor, "__format__", lambda x, how: format(x.item(), how))
     monkeypatch.setattr("torch.utils.swap_tensors", keep_layout)
