@@ -254,7 +254,8 @@ class Views(Dataset):
         if slot in self.sources:
             return self.sources[slot]
         need = [round(side * self.max_scale) for side in self.size]
-        image = load_image(self.files[slot], need, upright=not self.labelled)
+        # Decoded at twice this size or more, which max_scale stays below.
+        image = load_image(self.files[slot], self.size, upright=not self.labelled)
         mask = self.labelled.mask(slot) if self.labelled else None
         scale = max(need[0] / image.height, need[1] / image.width)
         if scale < 1:
