@@ -95,7 +95,7 @@ def demo():
               "confidence": -pool[:, 0].abs().sigmoid(),
               "nearest": pool.norm(dim=1)}
     print("300 of 3,000 points by       mean   variance   median distance")
-    print("private data (the aim)       0.00       1.00              1.18")
+    print("private data (the aim)       0.00       1.00              1.18")   # sqrt(2 ln 2)
     for rule, score in scores.items():
         kept = pool[sample(score, 300)]                                # (300, 2)
         print(f"{rule:25s}{kept.mean():8.2f}{kept.var(dim=0).mean():11.2f}"

@@ -146,7 +146,7 @@ class Stopped(BaseException):
 
 
 def run_until(model, images, layers):
-    """Run `model` until each of {name: module} was called: the rest of the pass is time saved."""
+    """Run `model` until each of {name: module} is called: the rest of the pass is time saved."""
     waiting = set(layers.values())
 
     def watch(layer, *_):
@@ -156,7 +156,7 @@ def run_until(model, images, layers):
 
     with suppress(Stopped), ExitStack() as hooks:
         for layer in layers.values():
-            hooks.enter_context(layer.register_forward_hook(watch))
+            hooks.enter_context(layer.register_forward_pre_hook(watch))
         model(images)
 
 

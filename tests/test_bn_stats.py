@@ -219,12 +219,12 @@ def hooks(network):
 
 
 @pytest.mark.parametrize(("name", "spec", "last"), [
-    ("crossed", "first", "first.1"), ("crossed", "pooled,first", "pooled"),
-    ("crossed", "last,first", "last.1"), ("crossed", "all", ""),
-    ("deeplab", "early", "backbone.layer2.2.bn2"),
-    ("deeplab", "backbone.layer2", "backbone.layer2.3.bn3"),
-    ("deeplab", "all", "classifier.2"),
-    ("wrapped", "net.backbone.layer1", "net.backbone.layer1.2.bn3")])
+    ("crossed", "first", "first.0"), ("crossed", "pooled,first", "first"),
+    ("crossed", "last,first", "last.0"), ("crossed", "all", ""),
+    ("deeplab", "early", "backbone.layer2.2.conv2"),
+    ("deeplab", "backbone.layer2", "backbone.layer2.3.conv3"),
+    ("deeplab", "all", "classifier.1"),
+    ("wrapped", "net.backbone.layer1", "net.backbone.layer1.2.conv3")])
 def test_a_pass_that_ends_early_reads_the_same_numbers_to_the_bit(deeplab, name, spec, last):
     torch.manual_seed(0)
     network = {"crossed": with_random_statistics(Crossed()), "deeplab": deeplab,
