@@ -181,5 +181,5 @@ def verdict(teacher, found, most=200):
                    for some in (found["chosen"], usable))
     fits = "fits well" if near < 0.4 else "fits in part" if near < 0.7 else "hardly fits"
     return (f"This pool {fits}: the chosen images lie {near:.2f} standard deviations from the "
-            f"teacher's channel means,\n            the whole pool {whole:.2f}; training images "
-            "lie below 0.3 or so. Look at the nearest, too.")
+            f"teacher's channel\nmeans, the whole pool {whole:.2f}; the training images of the one "
+            "teacher that this rule of thumb\nwas read off lay at 0.2. Look at the nearest, too.")
