@@ -50,13 +50,14 @@ def legend(figure, class_names):
     colours = [*class_colours(class_names), WHITE]
     patches = [Patch(facecolor=np.array(c) / 255, edgecolor=GREY, label=name)
                for c, name in zip(colours, [*class_names, "void"], strict=True)]
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 12),
+    rows = -(-len(patches) // 10)                                # of at most ten names, that fit
+    figure.legend(handles=patches, loc="outside lower center", ncols=-(-len(patches) // rows),
                   fontsize=8, frameon=False)
 
 
 def legend_alone(class_names, path):
     """Write a picture of the legend."""
-    figure = Figure(figsize=(9, 0.8), layout="constrained")
+    figure = Figure(figsize=(11, 0.9), layout="constrained")
     legend(figure, class_names)
     write(figure, path)
 
