@@ -2,7 +2,7 @@
 
 Use it
     from support.evaluation import write_masks
-    write_masks(student, "photos", "masks", (96, 128))            # returns how many
+    write_masks(student, "photos", "masks", (96, 128), "cpu")     # returns how many
 """
 
 import os

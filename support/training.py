@@ -10,7 +10,7 @@ Equation
 
 Use it
     run = Training(student, steps=900, lr=0.01)
-    for progress, images, slots in run.batches(dataset):          # progress runs from 0 towards 1
+    for progress, images, slots, answers in run.batches(batches):     # progress: 0 towards 1
         run.step(loss_of(images))                                 # a scalar
     run.curve                                                     # [(step, mean loss), ...]
 """
