@@ -99,7 +99,7 @@ def tell_choice(found, cfg, out=None):
 def shown(found, teacher, out):
     """Say and draw whether the pool of a dry run fits the teacher; return its metrics."""
     print(verdict(teacher, found))
-    plots.pool_check(found, teacher.image_size, out / "pool.png")
+    plots.pool_check(found, teacher.image_size, teacher, out / "pool.png")
     print(f"dry run: nothing was trained; see {out / 'pool.png'}")
     return {"pool_images": len(found["scores"]) - len(found["skipped"]), "out": str(out)}
 

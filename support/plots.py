@@ -2,7 +2,7 @@
 
 Use it
     from support.plots import pool_check, story
-    pool_check(chosen, size, "pool.png")      # what distill.distill returned
+    pool_check(chosen, size, teacher, "pool.png")      # what distill.distill returned
 """
 
 import numpy as np
@@ -13,6 +13,7 @@ from PIL import Image
 
 from evaluate import as_input, predict
 from priority import progressive_weights
+from regions import foreign_map
 from support.checkpoint import atomic
 from support.data import load_image, view
 from support.labelled import WHITE, class_colours
@@ -102,24 +103,39 @@ def weight_curves(ax, weights, schedule):
 
 
 def pool_rows(figures, chosen, size, columns=10):
-    """Fill two subfigures with the nearest and the farthest images of the pool."""
+    """Fill two subfigures with the nearest and the farthest images of the pool; return which."""
     d = chosen["scores"]
     order = torch.where(d.isfinite(), d, torch.inf).argsort(stable=True)
     order = order[:int(d.isfinite().sum())].tolist()
-    for figure, indices, name in ((figures[0], order[:columns], "Nearest in the pool"),
-                                  (figures[1], order[-columns:], "Farthest in the pool")):
+    shown = order[:columns], order[-columns:]
+    for figure, indices, name in zip(figures, shown, ("Nearest", "Farthest"), strict=True):
         paths = [chosen["pool"].files[i] for i in indices]
         pictures = [np.asarray(view(load_image(path, size), size)) for path in paths]
-        strip(figure, pictures + [None] * (columns - len(pictures)), name,
+        strip(figure, pictures + [None] * (columns - len(pictures)), f"{name} in the pool",
               [f"{d[i]:.3g}" for i in indices])
+    return shown
 
 
-def pool_check(chosen, size, path):
-    """Write the figure of `--dry-run`: histogram, nearest and farthest images."""
-    figure = Figure(figsize=(11, 5.6), layout="constrained")
-    parts = figure.subfigures(3, 1, height_ratios=(2, 1, 1))
+def heat(figure, teacher, chosen, indices, columns=10):
+    """Fill a subfigure with the maps of `regions.py` over images of the pool, as they were scored.
+    """
+    images = as_input(torch.stack([chosen["pool"].view(i) for i in indices]),
+                      next(teacher.parameters()).device)                          # (n, 3, H, W)
+    share = foreign_map(teacher, images, chosen["layers"]).clamp(max=1).unsqueeze(1)
+    grey, red = images.mean(dim=1, keepdim=True), images.new_tensor([0.8, 0, 0]).view(1, 3, 1, 1)
+    pictures = ((1 - share) * grey + share * red).permute(0, 2, 3, 1).cpu().numpy()
+    strip(figure, [*pictures, *[None] * (columns - len(pictures))],
+          "and which of their regions are foreign (red: 1 and above, regions.py)")
+
+
+def pool_check(chosen, size, teacher, path):
+    """Write the figure of `--dry-run`: histogram, nearest and farthest images, foreign regions."""
+    figure = Figure(figsize=(11, 7.6), layout="constrained")
+    parts = figure.subfigures(5, 1, height_ratios=(2, 1, 1, 1, 1))
     histogram(parts[0].subplots(), chosen["scores"], chosen["chosen"])
-    pool_rows(parts[1:], chosen, size)
+    shown = pool_rows(parts[1::2], chosen, size)
+    for part, indices in zip(parts[2::2], shown, strict=True):
+        heat(part, teacher, chosen, indices)
     write(figure, path)
 
 

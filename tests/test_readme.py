@@ -28,7 +28,7 @@ PROGRAMS = {"distill.py": "distill", "train_teacher.py": "train_teacher", "expor
             "evaluate.py": "support.evaluation",
             **{name: name for name in ("experiments.compare", "experiments.benchmark",
                                        "experiments.generators")}}
-CONCEPTS = ("bn_stats", "ads_sampler", "priority", "kd_loss", "alignment")
+CONCEPTS = ("bn_stats", "ads_sampler", "priority", "kd_loss", "alignment", "regions")
 
 
 def module(program):
@@ -200,7 +200,7 @@ def test_a_file_to_copy_runs_alone_with_torch_only(name, said_alone):
     # The numbers of the docstring's worked example are printed.
     expected = {"bn_stats": ["10.000", "3.656"], "ads_sampler": ["1.33"],
                 "priority": ["2.98", "2.57"], "kd_loss": ["0.1212", "0.2747"],
-                "alignment": ["0.2", "0.6"], "evaluate": []}[name]
+                "alignment": ["0.2", "0.6"], "regions": ["1.609"], "evaluate": []}[name]
     for number in expected:
         assert number in said_alone[name]
         assert number.rstrip("0").rstrip(".") in source.split('"""')[1]
