@@ -25,7 +25,6 @@ Use it
 
 import copy
 import dataclasses
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,7 +103,7 @@ def shuffle_tiles(image, grid, generator):
 
 def main(argv=None):
     """Make what `--method` names from the command line; return its record."""
-    cfg, start = parse(Config, argv, __doc__.split("\n")[0]), time.perf_counter()
+    cfg, laps = parse(Config, argv, __doc__.split("\n")[0]), records.Laps()
     if cfg.method in ("oracle", "tiles") and not cfg.images:
         raise ValueError(f"--method {cfg.method} needs --images; see --help")
     out, device = Path(cfg.out), pick_device(cfg.device)
@@ -138,10 +137,13 @@ def main(argv=None):
                 images = deepinversion(teacher, images, cfg.steps)
             for i, image in enumerate(images, first):
                 save_image(image, out / f"{i:04d}.png")
-    record = {"seconds": time.perf_counter() - start, "config": dataclasses.asdict(cfg),
+    laps("making")
+    seconds, processor_seconds = laps["making"]
+    record = {"seconds": seconds, "processor_seconds": processor_seconds,
+              "config": dataclasses.asdict(cfg),
               "environment": records.environment(device)}
     save_json(record, out / "record.json")
-    print(f"{cfg.method}: {record['seconds']:.0f} s, written to {out}")
+    print(f"{cfg.method}: {seconds:.0f} s, written to {out}")
     return record
 
 
