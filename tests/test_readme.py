@@ -143,7 +143,7 @@ def test_the_file_list_is_complete():
 def test_every_table_is_generated_from_its_record():
     tables = re.findall(r"<!-- table: (\S+) -->\n(.*?)\n?<!-- end -->", README + RESULTS,
                         re.DOTALL)
-    assert len(tables) >= 10
+    assert len(tables) >= 4
     for path, text in tables:
         assert text == compare.table(json.loads((REPOSITORY / path).read_text())), path
 
