@@ -3,97 +3,97 @@
 Idea
     Every row of a table is one line that a reader can copy. This program runs the lines of a
     preset for several seeds, skips what is already there, and writes one JSON from which the
-    README's tables are made. Seeds pair the rows: same student, same crops, other images.
+    README's tables are made. Seeds pair the rows: same student, same crops, other images. A claim
+    about a method needs several teachers: their records are points of one paired test.
 
 Use it
     python -m experiments.compare --preset scenes --seeds 3 --out results/scenes.json
-    python -m experiments.compare --preset metrics --seeds 3 --out results/metrics.json \\
-        --common "--dataset camvid --data-root DIR --pool DIR --teacher T.pt --split val"
+    python -m experiments.compare --preset headline --seeds 5 --out results/headline.json \\
+        --common "--dataset camvid --data-root DIR --pool DIR --teacher T.pt --steps 2400"
     python -m experiments.compare --table results/scenes.json    # the table again
+    python -m experiments.compare --table "results/length.json results/generators.json" \\
+        --figure results/seconds.png --over seconds              # two records as one
+    python -m experiments.compare --teachers "results/headline.json results/headline2.json"
 """
 
 import json
 import re
 import shlex
-import statistics
 import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
-from matplotlib.figure import Figure
-
 import distill
-from support import plots
+from experiments.tables import NEAREST, T95, draw, read, table, teachers
 from support.checkpoint import save_json
 from support.options import Options, one_sentence, option, parse
 from support.records import begun, differences, read_csv
 from train_teacher import builtin_teacher
 
-UNIFORM = "--schedule uniform"
-RANDOM, CONFIDENCE = f"--sampling random {UNIFORM}", f"--sampling confidence {UNIFORM}"
-CHANNELS = "--kd pixelwise+10*channelwise"
-RECIPE = f"--metric kl --align transfer-first {CHANNELS} {UNIFORM}"
-# The first row of a preset is the one that the others are compared with. {data_root} is the
-# folder that the common options name.
+UNIFORM, KL, COLOURS = "--schedule uniform", "--metric kl", "--align transfer-first"
+LOSS = "--kd pixelwise+10*channelwise"
+RECIPE = f"{KL} {COLOURS} {LOSS} {UNIFORM}"
+STEPS = (600, 2400, 7200, 14400)
+# The first row of a preset is the one that the others are compared with. {pool} is the folder that
+# the common options name, {original} the training images below their --data-root.
+HEADLINE = {"random": f"--sampling random {UNIFORM}",
+            "confidence": f"--sampling confidence {UNIFORM}",
+            "the whole pool": f"--budget 0 {UNIFORM}",
+            "nearest (ADS)": UNIFORM,
+            "nearest, fixed weights": "--schedule fixed",
+            "nearest, progressive weights (DFSS)": "",
+            "recipe": RECIPE,
+            "original images": f"--pool {{original}} --budget 0 {UNIFORM}"}
+WEIGHTS = {"uniform": UNIFORM, "fixed": "--schedule fixed", "progressive": "",
+           "fixed by rank": "--schedule fixed --weighting rank",
+           "progressive by rank": "--weighting rank"}
+MADE_UP = f"--pool runs/inverted --budget 0 {UNIFORM}"          # written by experiments.generators
+
+
+def some(*names):
+    """Return these rows of the headline."""
+    return {name: HEADLINE[name] for name in names}
+
+
+def series(rows, numbers, flag="--steps", unit="updates"):
+    """Return the rows "name, 600 updates" that give each of `rows` each of the numbers."""
+    return {f"{name}, {n} {unit}": f"{words} {flag} {n}"
+            for n in numbers for name, words in rows.items()}
+
+
 PRESETS = {
-    "headline": {"random": RANDOM,
-                 "confidence": CONFIDENCE,
-                 "confidence, progressive weights": "--sampling confidence",
-                 "nearest (ADS)": UNIFORM,
-                 "nearest, fixed weights": "--schedule fixed",
-                 "nearest, progressive weights (DFSS)": "",
-                 "the whole pool": f"--budget 0 {UNIFORM}",
-                 "original images": f"--pool {{data_root}}/train --budget 0 {UNIFORM}"},
-    "recipe": {"random": RANDOM,
-               "nearest (ADS)": UNIFORM,
-               "best recipe": RECIPE,
-               "best recipe from 100 files": f"{RECIPE} --budget 100",
-               "original images": f"--pool {{data_root}}/train --budget 0 {UNIFORM}",
-               "original images, same loss":
-                   f"--pool {{data_root}}/train --budget 0 {CHANNELS} {UNIFORM}"},
-    "length": {f"{name}, {steps} updates": f"{words} --steps {steps}"
-               for steps in (600, 1800, 3600) for name, words in
-               (("original images", f"--pool {{data_root}}/train --budget 0 {UNIFORM}"),
-                ("nearest (ADS)", UNIFORM),
-                ("best recipe", RECIPE),
-                ("best recipe from 100 files", f"{RECIPE} --budget 100"),
-                ("DeepInversion, 100 images", f"--pool runs/inverted --budget 0 {UNIFORM}"))},
-    "scenes": {"random": RANDOM,
-               "nearest, progressive weights (DFSS)": "",
-               "the same by kl distance": "--metric kl"},
-    "metrics": {"random": RANDOM,
-                "confidence": CONFIDENCE,
-                "l2, all layers (ADS)": UNIFORM,
-                "kl, all layers": f"--metric kl {UNIFORM}",
-                "l2, early layers": f"--layers early {UNIFORM}",
-                "l2, late layers": f"--layers late {UNIFORM}"},
-    # These pools are written by experiments.generators.
+    "headline": HEADLINE,
+    "ladder": {"nearest, progressive weights (DFSS)": "",
+               "without weights": UNIFORM,
+               "+ kl distance": f"{KL} {UNIFORM}",
+               "+ private colours": f"{KL} {COLOURS} {UNIFORM}",
+               "+ channel-wise loss ten times (recipe)": RECIPE},
+    "weights": series({f"{name}, {files} files": f"{words} --budget {budget}"
+                       for files, budget in (("all", 0), ("800", 800), ("400", 400))
+                       for name, words in WEIGHTS.items()}, (600, 1200, 2400)),
+    "length": series(some("original images", "nearest (ADS)", "recipe", "random"), STEPS),
+    "budget": series(some("random", "nearest (ADS)"), (50, 100, 200, 400, 800, 1600),
+                     "--budget", "files") | some("the whole pool"),
+    "found": {"nearest (ADS)": UNIFORM,
+              "first layer alone": f"--layers 0 {UNIFORM}",
+              "layer 10 alone, of 0 to 20": f"--layers 10 {UNIFORM}",
+              "middle third of the layers": f"--layers middle {UNIFORM}",
+              "late third of the layers": f"--layers late {UNIFORM}",
+              "kl distance": f"{KL} {UNIFORM}",
+              "random, street views only": f"--pool {{pool}}/street --sampling random {UNIFORM}",
+              "nearest, street views only": f"--pool {{pool}}/street {UNIFORM}"},
+    "generators": series(some("nearest (ADS)", "recipe", "random")
+                         | {"DeepInversion": MADE_UP,
+                            "DeepInversion, ten times channel-wise": f"{MADE_UP} {LOSS}"}, STEPS),
     "structure": {"whole scenes": f"--pool runs/whole --budget 0 {UNIFORM}",
                   "4x4 tiles, shuffled": f"--pool runs/tiles --budget 0 {UNIFORM}"},
-    "others": {"nearest (ADS)": UNIFORM,
-               "nearest to the exact statistics":
-                   f"--pool runs/oracle/chosen.csv --budget 0 {UNIFORM}",
-               "DeepInversion, 100 images": f"--pool runs/inverted --budget 0 {UNIFORM}",
-               "noise": f"--pool runs/noise --budget 0 {UNIFORM}"},
-    "budget": {**{f"{name}, {budget} files": f"{words} --budget {budget}"
-                  for budget in (50, 100, 200, 400, 800)
-                  for name, words in (("random", RANDOM), ("nearest (ADS)", UNIFORM))},
-               "the whole pool": f"--budget 0 {UNIFORM}"},
-    "timing": {f"{name}, {steps} updates": f"{words} --steps {steps}"
-               for steps in (150, 300, 450, 600) for name, words in
-               (("uniform weights", UNIFORM), ("fixed weights", "--schedule fixed"),
-                ("progressive weights", ""), ("progressive by rank", "--weighting rank"))},
-    "ablation": {"nearest (ADS)": UNIFORM,
-                 "pixel-wise KD alone": f"--kd pixelwise {UNIFORM}",
-                 "channel-wise KD alone": f"--kd channelwise {UNIFORM}",
-                 "ten times channel-wise": f"{CHANNELS} {UNIFORM}"},
+    "scenes": some("random", "nearest, progressive weights (DFSS)")
+              | {"the same by kl distance": KL},
 }
-# Two-sided 95 % quantiles of Student's t for n paired differences (n - 1 degrees of freedom).
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,19 @@ class Config(Options):
     preset: str = option("scenes", "rows of the table", choices=tuple(PRESETS))
     rows: str = option("", "only rows that this regular expression is found in")
     common: str = option("", "options of distill.py that all rows share, in quotes")
+    reference: str = option(NEAREST, "second row to compare with, beside the first")
     seeds: int = option(3, "number of seeds, from 0 on")
     jobs: int = option(1, "runs at a time", least=1)
     runs: str | None = option(None, "folder of the single runs (default: named after --out)")
     out: str = option("results/compare.json", "the record that the table is made from")
-    table: str | None = option(None, "instead: print the table of this record")
-    figure: str | None = option(None, "and draw its series, rows that end in a number of files or "
-                                "updates, here (PNG)", kind="FILE")
+    table: str | None = option(None, "instead: print the table of this record, or of these, in "
+                               "quotes", kind="FILES")
+    teachers: str | None = option(None, "instead: print the paired test over these records of the "
+                                  "headline, each of another teacher, in quotes", kind="FILES")
+    figure: str | None = option(None, "and draw its rows here (PNG)", kind="FILE")
+    over: str = option("size", "what the figure shows: mIoU over the number of files or updates in "
+                       "the rows' names, or retention over processor seconds",
+                       choices=("size", "seconds"))
 
 
 def run_once(words, folder):
@@ -137,15 +143,24 @@ def picks(folder, pool):
     return Counter(file.parts[-2] for file in files)
 
 
+def making(pool):
+    """Return {"pool": processor seconds} of a pool that experiments.generators made, else {}."""
+    record = Path(pool, "record.json")
+    return {"pool": json.loads(record.read_text())["processor_seconds"]} if record.exists() else {}
+
+
 def collect(cfg):
     """Run all rows and seeds; return the record."""
-    common = shlex.split(cfg.common)
-    root = common[common.index("--data-root") + 1] if "--data-root" in common else ""
     try:
         wanted = re.compile(cfg.rows)
     except re.error as error:
         raise ValueError(f"--rows {cfg.rows!r} is no regular expression: {error}") from error
-    rows = {name: common + shlex.split(words.replace("{data_root}", root))
+    common = shlex.split(cfg.common)
+    named = dict(pairwise(common))
+    train = Path(named.get("--data-root", ""), "train")
+    places = {"pool": named.get("--pool", ""),
+              "original": train / "images" if (train / "images").is_dir() else train}
+    rows = {name: common + [word.format(**places) for word in shlex.split(words)]
             for name, words in PRESETS[cfg.preset].items() if wanted.search(name)}
     if not rows or not 1 <= cfg.seeds <= max(T95):
         raise ValueError(f"nothing to run: expected 1 to {max(T95)} --seeds and --rows that match "
@@ -163,11 +178,10 @@ def collect(cfg):
         folder = runs_folder / "".join(c if c.isalnum() else "-" for c in f"{name} s{seed}")
         metrics = run_once([*rows[name], "--seed", str(seed)], folder)
         print(f"{name:40s} seed {seed}   mIoU {100 * metrics['student_miou']:.1f} %", flush=True)
-        counts = picks(folder, metrics["config"]["pool"])
-        return {"row": name, "seed": seed, "options": PRESETS[cfg.preset][name],
-                **{k: metrics[k] for k in ("student_miou", "teacher_miou", "agreement_miou", "iou",
-                                           "pool_images", "selected_images", "updates", "seconds",
-                                           "stage_seconds", "environment")}, "picks": counts}
+        pool = metrics.pop("config")["pool"]                # the rest of it is in the options
+        metrics["processor_seconds"] |= making(pool)
+        return {"row": name, "seed": seed, "options": PRESETS[cfg.preset][name], **metrics,
+                "picks": picks(folder, pool)}
 
     runs, runs_folder = [], Path(cfg.runs or f"runs/{Path(cfg.out).stem}")
     # Folders differ from machine to machine; their last part says what they hold.
@@ -175,101 +189,21 @@ def collect(cfg):
     with ThreadPoolExecutor(cfg.jobs) as pool:
         for run in pool.map(work, jobs):
             runs.append(run)
-            record = {"common": said, "runs": runs}
+            record = {"common": said, "reference": cfg.reference, "runs": runs}
             save_json(record, cfg.out)                      # what is done is not lost
     return record
 
 
-def paired(by_seed, reference):
-    """Return 'mean ± half of the 95 % interval' of the differences between paired seeds."""
-    both = [by_seed[seed] - reference[seed] for seed in by_seed if seed in reference]
-    if by_seed is reference or len(both) < 2:
-        return ""
-    half = T95[len(both)] * statistics.stdev(both) / len(both) ** 0.5
-    return f"{statistics.mean(both):+.1f} ± {half:.1f}"
-
-
-def size_of(row):
-    """Return (name, number, unit) of a row "name, 50 files" of a series; else (row, None, "")."""
-    found = re.fullmatch(r"(.+), (\d+) (files|updates)", row)
-    return (found[1], int(found[2]), found[3]) if found else (row, None, "")
-
-
-def like(name, names, other=None):
-    """Return the row that `name` is compared with: the first of its size, "..., 50 files".
-
-    other: a row's name without its size; the row of that name and of this size, or None.
-    """
-    return next((n for n in names if size_of(n)[1:] == size_of(name)[1:]
-                 and other in (None, size_of(n)[0])), None)
-
-
-def table(record):
-    """Return the record as a Markdown table: a line per row, seeds averaged."""
-    scores = {}
-    for run in record["runs"]:
-        scores.setdefault(run["row"], {})[run["seed"]] = 100 * run["student_miou"]
-    first = next(iter(scores.values()))
-    originals = {name: scores.get(like(name, scores, "original images")) for name in scores}
-    sizes = "" if like(list(scores)[-1], scores) == next(iter(scores)) else " of its size"
-    others = [name for name in ("confidence", "the whole pool") if name in scores]
-    header = [f"row (seeds: {len(first)})", "mIoU %",
-              f"difference to the first row{sizes}, 95 % interval"]
-    header += [f"to {name}" for name in others] + ["of original, %"] * any(originals.values())
-    lines = []
-    for name, by_seed in scores.items():
-        values = list(by_seed.values())
-        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        cells = [name, f"{statistics.mean(values):.1f}{spread}",
-                 paired(by_seed, scores[like(name, scores)])]
-        cells += [paired(by_seed, scores[other]) for other in others]
-        if any(originals.values()):
-            original = originals[name] or {}
-            kept = [100 * by_seed[seed] / original[seed] for seed in by_seed if seed in original]
-            cells.append(f"{statistics.mean(kept):.0f}" if kept else "")
-        kinds = next(run["picks"] for run in record["runs"] if run["row"] == name)
-        cells.append(", ".join(f"{kind} {n}" for kind, n in Counter(kinds).most_common(5)))
-        lines.append("| " + " | ".join(cells) + " |")
-    header.append("chosen")
-    return "\n".join(["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *lines])
-
-
-def draw(record, path):
-    """Write the figure of a record: mIoU over the sizes of its rows, a line per name."""
-    scores, lines = {}, {}
-    for run in record["runs"]:
-        scores.setdefault(run["row"], []).append(100 * run["student_miou"])
-    for row, values in scores.items():
-        name, number, unit = size_of(row)
-        deviation = np.std(values, ddof=1) if len(values) > 1 else 0
-        lines.setdefault(name, []).append((number, np.mean(values), deviation, unit))
-    figure = Figure(figsize=(6.5, 3.8), layout="constrained")
-    axes = figure.subplots()
-    ticks = sorted({number for points in lines.values() for number, *_ in points if number})
-    for k, (name, points) in enumerate(lines.items()):
-        number, mean, deviation, unit = zip(*points, strict=True)
-        if number[0] is None:
-            axes.axhline(mean[0], color=plots.GREY, ls="--", label=name)
-            continue
-        axes.errorbar(number, mean, deviation, color=f"C{k}", marker="o", ms=4, capsize=3,
-                      label=name)
-        axes.set_xlabel(unit[0])
-    axes.set_xscale("log")
-    axes.set_xticks(ticks, map(str, ticks))
-    axes.minorticks_off()
-    axes.set_ylabel("student mIoU % (bars: deviation over seeds)")
-    axes.legend(frameon=False, fontsize=8)
-    plots.write(figure, path)
-
-
 def main(argv=None):
-    """Run a preset, write its record, print its table; return the record."""
+    """Run a preset and write its record, or read one; print its table, draw its figure."""
     cfg = parse(Config, argv, "Compare methods over seeds; every row is a line of distill.py.")
-    record = json.loads(Path(cfg.table).read_text()) if cfg.table else collect(cfg)
+    if cfg.teachers:
+        print(teachers(shlex.split(cfg.teachers)))
+        return
+    record = read(*shlex.split(cfg.table)) if cfg.table else collect(cfg)
     print(table(record))
     if cfg.figure:
-        draw(record, cfg.figure)
-    return record
+        draw(record, cfg.figure, cfg.over)
 
 
 if __name__ == "__main__":

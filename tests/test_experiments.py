@@ -3,12 +3,13 @@
 import json
 import shlex
 from dataclasses import asdict
+from itertools import pairwise
 
 import pytest
 from PIL import Image
 
 import distill
-from experiments import compare
+from experiments import compare, tables
 from experiments.compare import PRESETS, run_once, table
 from support import plots
 from support.options import parse
@@ -27,19 +28,42 @@ def test_the_table_gives_mean_deviation_and_the_paired_interval():
     assert lines[3] == "| nearest | 36.0 ± 3.0 | +4.0 ± 2.5 | sea 3, hills 1 |"
 
 
-def test_the_table_compares_with_confidence_and_with_the_original_images():
-    record = {"runs": runs("random", [30, 32]) + runs("confidence", [29, 33])
-              + runs("nearest", [33, 36]) + runs("original images", [44, 48])}
-    header, _, _, confidence, nearest, original = table(record).split("\n")
-    assert header.split(" | ")[3:5] == ["to confidence", "of original, %"]
-    assert confidence.split(" | ")[3:5] == ["", "67"]                 # 29/44 and 33/48
-    # To confidence: 4 and 3, mean 3.5, half-width 12.706 * 0.7071 / sqrt(2) = 6.35.
-    assert nearest.split(" | ")[3:5] == ["+3.5 ± 6.4", "75"]
+def test_the_table_compares_with_a_second_row_and_with_the_original_images():
+    record = {"runs": runs("random", [30, 32]) + runs("nearest (ADS)", [33, 36])
+              + runs("recipe", [36, 40]) + runs("original images", [44, 48])}
+    header, _, random, nearest, recipe, original = table(record).split("\n")
+    assert header.split(" | ")[3:5] == ["to nearest (ADS)", "of original, %"]
+    assert nearest.split(" | ")[3:5] == ["", "75"]                    # 33/44 and 36/48
+    # To the nearest: 3 and 4, mean 3.5, half-width 12.706 * 0.7071 / sqrt(2) = 6.35.
+    assert recipe.split(" | ")[3] == "+3.5 ± 6.4" and random.split(" | ")[3] == "-3.5 ± 6.4"
     assert original.split(" | ")[4] == "100"
+    header, *lines = table(record | {"reference": "recipe"}).split("\n")
+    assert header.split(" | ")[3] == "to recipe" and lines[2].split(" | ")[3] == "-3.5 ± 6.4"
+
+
+def test_a_column_that_would_be_empty_is_left_out():
+    record = {"runs": runs("nearest (ADS)", [33]) + runs("random", [30])}
+    assert table(record).split("\n")[0] == "| row (seeds: 1) | mIoU % | chosen |"
+
+
+def test_rows_of_unequal_seeds_say_how_many():
+    header, _, *lines = table({"runs": runs("x", [30, 32]) + runs("y", [31])}).split("\n")
+    assert header.startswith("| row (seeds) |")
+    assert [line.split(" | ")[0] for line in lines] == ["| x (2)", "| y (1)"]
+
+
+def test_the_table_gives_agreement_and_the_seconds_of_making_and_training():
+    record = {"runs": [run | {"agreement_miou": 0.5, "processor_seconds": {
+        "scoring": 100, "distillation": 10 + run["seed"], "pool": 5, "evaluation": 100}}
+        for run in runs("x", [30, 32])] + runs("y", [31, 33])}
+    header, _, x, y = table(record).split("\n")
+    assert header.split(" | ")[3:5] == ["agreement, %", "processor s"]
+    assert x.split(" | ")[3:5] == ["50", "16"] and y.split(" | ")[3:5] == ["", ""]
 
 
 def test_a_row_of_a_series_is_compared_with_the_first_of_its_size():
-    record = {"runs": runs("random, 50 files", [30, 32]) + runs("nearest, 50 files", [33, 36])
+    record = {"reference": "the whole pool",
+              "runs": runs("random, 50 files", [30, 32]) + runs("nearest, 50 files", [33, 36])
               + runs("random, 100 files", [31, 33]) + runs("nearest, 100 files", [34, 37])
               + runs("the whole pool", [34, 36])}
     header, _, *lines = table(record).split("\n")
@@ -47,6 +71,41 @@ def test_a_row_of_a_series_is_compared_with_the_first_of_its_size():
     cells = [line.split(" | ")[2:4] for line in lines]
     assert cells == [["", "-4.0 ± 0.0"], ["+3.5 ± 6.4", "-0.5 ± 6.4"],
                      ["", "-3.0 ± 0.0"], ["+3.5 ± 6.4", "+0.5 ± 6.4"], ["", ""]]
+
+
+def test_a_row_of_two_sizes_is_compared_with_the_first_of_both():
+    record = {"runs": runs("uniform, all files, 5 updates", [30, 32])
+              + runs("uniform, 50 files, 5 updates", [40, 42])
+              + runs("fixed, 50 files, 5 updates", [41, 43])
+              + runs("fixed, 50 files, 9 updates", [51, 53])}
+    cells = [line.split(" | ")[2] for line in table(record).split("\n")[2:]]
+    assert cells == ["", "", "+1.0 ± 0.0", ""]
+
+
+def test_teachers_are_the_points_of_a_paired_test(tmp_path):
+    for i, (random, nearest, recipe) in enumerate(((20, 30, 35), (22, 34, 36))):
+        record = {"runs": runs("random", [random, random + 2]) + runs("recipe", [recipe])
+                  + runs("nearest (ADS)", [nearest, nearest + 2])
+                  + runs("original images", [50, 50])}
+        (tmp_path / f"t{i}.json").write_text(json.dumps(record))
+    paths = [str(tmp_path / f"t{i}.json") for i in range(2)]
+    header, _, first, second, last = (line[2:-2].split(" | ")
+                                      for line in tables.teachers(paths).split("\n"))
+    assert header[5:7] == ["nearest - random", "recipe - nearest"]
+    # The recipe has seed 0 only: 35 - 30, where the nearest has 30 and 32.
+    assert first == ["t0 (2)", "21.0", "31.0", "35.0", "50.0", "+10.0", "+5.0", "62.0", "70.0"]
+    assert second[5:] == ["+12.0", "+2.0", "70.0", "72.0"]
+    # 10 and 12: mean 11, half-width 12.706 * 1.414 / sqrt(2) = 12.706.
+    assert last == ["mean of 2, 95 % interval", "", "", "", "", "+11.0 ± 12.7", "+3.5 ± 19.1",
+                    "66.0 ± 50.8", "71.0 ± 12.7"]
+
+
+def test_teachers_need_two_records_or_more_of_the_headline(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"runs": runs("random", [30])}))
+    with pytest.raises(ValueError, match="takes 2 to 10 records; got 1"):
+        compare.main(["--teachers", str(tmp_path / "a.json")])
+    with pytest.raises(ValueError, match=r"a.json has no row nearest \(ADS\); expected a record"):
+        compare.main(["--teachers", f"{tmp_path}/a.json {tmp_path}/a.json"])
 
 
 def test_a_row_of_a_series_is_measured_against_the_original_images_of_its_size():
@@ -63,16 +122,46 @@ def test_a_series_is_drawn_over_its_sizes(monkeypatch):
     monkeypatch.setattr(plots, "write", lambda figure, path: drawn.update({path: figure.axes[0]}))
     record = {"runs": runs("random, 50 files", [30, 32]) + runs("random, 400 files", [33, 36])
               + runs("the whole pool", [34, 36])}
-    compare.draw(record, "b.png")
+    tables.draw(record, "b.png")
     bars, level = drawn["b.png"].containers[0].lines[0], drawn["b.png"].lines[-1]
     assert level.get_ydata()[0] == 35 and drawn["b.png"].get_xlabel() == "files"
     assert bars.get_xdata().tolist() == [50, 400] and bars.get_ydata().tolist() == [31, 34.5]
 
 
+def test_each_budget_of_a_series_of_two_sizes_has_its_panel(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "write", lambda figure, path: drawn.extend(figure.axes))
+    tables.draw({"runs": [run for files in ("all", "400") for steps in (600, 1200)
+                          for run in runs(f"fixed, {files} files, {steps} updates", [30, 32])]}, "")
+    assert [ax.get_title() for ax in drawn] == ["all files", "400 files"]
+    assert drawn[1].containers[0].lines[0].get_xdata().tolist() == [600, 1200]
+
+
+def test_retention_is_drawn_over_seconds_from_several_records(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "write", lambda figure, path: drawn.extend(figure.axes))
+    for name, rows in (("a", {"original images": 50, "x": 40}), ("b", {"y": 30})):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"runs": [
+            {**run, "processor_seconds": {"distillation": steps / 10}} for steps in (10, 20)
+            for row, value in rows.items()
+            for run in runs(f"{row}, {steps} updates", [value, value])]}))
+    compare.main(["--table", f"{tmp_path}/a.json {tmp_path}/b.json", "--figure", "f.png",
+                  "--over", "seconds"])
+    lines = {bars.get_label(): bars.lines[0] for bars in drawn[0].containers}
+    assert list(lines) == ["original images", "x", "y"]
+    assert lines["y"].get_xdata().tolist() == [1, 2]
+    assert lines["y"].get_ydata().tolist() == [60, 60]
+
+
+def test_a_figure_over_seconds_needs_original_images():
+    with pytest.raises(ValueError, match="has no row 'original images'"):
+        tables.draw({"runs": runs("x", [30, 32])}, "")
+
+
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_a_series_of_one_seed_is_drawn_without_a_warning(tmp_path):
     record = {"runs": runs("random, 50 files", [30]) + runs("random, 400 files", [33])}
-    compare.draw(record, tmp_path / "a.png")
+    tables.draw(record, tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").width > 400
 
 
@@ -80,6 +169,45 @@ def test_every_row_of_every_preset_is_a_line_of_distill():
     for rows in PRESETS.values():
         for words in rows.values():
             parse(distill.Config, shlex.split(words), "")
+
+
+def test_the_ladder_ends_with_the_recipe_and_changes_one_option_a_step():
+    steps = [asdict(parse(distill.Config, shlex.split(words), ""))
+             for words in PRESETS["ladder"].values()]
+    assert steps[-1] == asdict(parse(distill.Config, shlex.split(compare.RECIPE), ""))
+    for before, after in pairwise(steps):
+        assert sum(before[name] != after[name] for name in before) == 1
+
+
+@pytest.mark.parametrize("inside", ["train", "train/images"])
+def test_rows_name_the_pool_and_the_training_images_of_the_common_options(tmp_path, monkeypatch,
+                                                                          inside):
+    """And the record holds what the table needs, with the cost of a pool that was made."""
+    asked, root, pool = {}, tmp_path / "my data", tmp_path / "my pool"
+    (root / inside).mkdir(parents=True)
+    pool.mkdir()
+    (pool / "record.json").write_text('{"processor_seconds": 7}')
+    metrics = {"student_miou": 0.5, "config": {"pool": str(pool)},
+               "processor_seconds": {"distillation": 3}}
+
+    def ran(words, folder):
+        asked[folder.name] = words
+        return json.loads(json.dumps(metrics))
+
+    monkeypatch.setattr(compare, "run_once", ran)
+    monkeypatch.setattr(compare, "picks", lambda folder, pool: {"sea": 3})
+    common = f"--dataset camvid --data-root '{root}' --pool '{pool}'"
+    for preset, row in (("headline", "original"), ("found", "nearest, street")):
+        compare.main(["--preset", preset, "--rows", row, "--seeds", "1", "--common", common,
+                      "--reference", "recipe", "--out", str(tmp_path / "record.json")])
+    original, street = asked.values()
+    assert original[original.index("--pool", 6) + 1] == str(root / inside)
+    assert street[street.index("--pool", 6) + 1] == f"{pool}/street"
+    record = json.loads((tmp_path / "record.json").read_text())
+    (run,) = record["runs"]
+    assert record["common"] == "--dataset camvid --data-root my data --pool my pool"
+    assert record["reference"] == "recipe" and "config" not in run
+    assert run["processor_seconds"] == {"distillation": 3, "pool": 7}
 
 
 def test_a_finished_run_is_used_again_only_for_the_same_options(tmp_path):
@@ -94,7 +222,7 @@ def test_a_finished_run_is_used_again_only_for_the_same_options(tmp_path):
 
 @pytest.mark.parametrize("words", [["--rows", "no such row"], ["--seeds", "0"], ["--seeds", "99"]])
 def test_nothing_to_run_is_said(words):
-    with pytest.raises(ValueError, match="nothing to run: expected 1 to 8 --seeds and --rows"):
+    with pytest.raises(ValueError, match="nothing to run: expected 1 to 10 --seeds and --rows"):
         compare.main(words)
 
 

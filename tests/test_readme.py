@@ -14,7 +14,7 @@ import torchvision
 from conftest import with_random_statistics
 from pictures import coordinates, mask, write
 
-from experiments import compare
+from experiments import tables
 from support import options
 from support.labelled import CITYSCAPES, VOC
 
@@ -141,11 +141,14 @@ def test_the_file_list_is_complete():
 
 
 def test_every_table_is_generated_from_its_record():
-    tables = re.findall(r"<!-- table: (\S+) -->\n(.*?)\n?<!-- end -->", README + RESULTS,
-                        re.DOTALL)
-    assert len(tables) >= 4
-    for path, text in tables:
-        assert text == compare.table(json.loads((REPOSITORY / path).read_text())), path
+    """From one record, from several as one, or from those of several teachers."""
+    found = re.findall(r"<!-- (table|teachers): (.+?) -->\n(.*?)\n?<!-- end -->",
+                       README + RESULTS, re.DOTALL)
+    assert len(found) >= 4
+    for kind, names, text in found:
+        paths = [REPOSITORY / name for name in names.split()]
+        assert text == (tables.teachers(paths) if kind == "teachers"
+                        else tables.table(tables.read(*paths))), names
 
 
 @pytest.mark.parametrize(("text", "folder"), [(README, "."), (RESULTS, "results"),
