@@ -166,7 +166,6 @@ def new_student(cfg, teacher):
 
 def run(cfg, out):
     """Run the method as the options say, in the folder `out`; return the metrics it prints."""
-    parse_losses(cfg.kd)                         # a typing error is found before anything is read
     cfg, teacher, files, held_out, laps = command.opened(cfg, out, DEFAULTS)
     size, student = teacher.image_size, new_student(cfg, teacher)
     found = distill(teacher, student, files, size, cfg, out)

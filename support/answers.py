@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from evaluate import as_input
+from support import together
 from support.data import loaded
 from support.progress import progress
 
@@ -76,22 +77,28 @@ class Kept:
     """
 
     def __init__(self, ask, views, count, device, batch_size=16, workers=0, folder=None):
-        self.views, self.count, done = views, count, 0
+        self.views, self.count = views, count
         keys = [(slot, view) for slot in range(len(views.files)) for view in range(count)]
-        loader = DataLoader(views, batch_size, sampler=keys, num_workers=workers,
+        batches = [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)]
+        # Of n processes each answers `each` batches in a row, so that a file is read by one of
+        # them; where there are none left, the last one again.
+        rank, n = together.place.get()
+        each = -(-len(batches) // n)
+        own = [batches[min(rank * each + i, len(batches) - 1)] for i in range(each)]
+        loader = DataLoader(views, batch_sampler=own, num_workers=workers,
                             pin_memory=device.type == "cuda")
-        for images in progress(loaded(loader), "answering", total=len(loader)):
-            answers = ask(as_input(images, device))                               # (B, K, h, w)
-            if not done:
-                self.answers = half_tensor((len(keys), *answers.shape[1:]), folder)
-                both = len(keys) * images[0].numel() + 2 * self.answers.numel()
-                self.images = None if both > MEMORY else images.new_empty(
-                    len(keys), *images.shape[1:])
-            place = slice(done, done + len(images))
-            self.answers[place] = answers.clamp(-6e4, 6e4)       # what float16 can hold
-            if self.images is not None:
-                self.images[place] = images
-            done += len(images)
+        for i, images in enumerate(progress(loaded(loader), "answering", total=each)):
+            # (B, K, h, w), clamped to what float16 can hold
+            answers = ask(as_input(images, device)).clamp(-6e4, 6e4).half()
+            if not i:
+                both = len(keys) * (images[0].numel() + 2 * answers[0].numel())
+                rows = 0 if rank else len(keys)                  # the first process keeps them all
+                self.answers = half_tensor((rows, *answers.shape[1:]), folder)
+                self.images = None if both > MEMORY else images.new_empty(rows, *images.shape[1:])
+            for kept, found in ((self.answers, answers), (self.images, images)):
+                for j, x in enumerate([] if kept is None else together.gathered(found, batch_size)):
+                    room = kept[(j * each + i) * batch_size:][:batch_size]
+                    room.copy_(x[:len(room)])                    # less padding
 
     def __getitem__(self, keys):
         index = torch.tensor([slot * self.count + view for slot, view in keys])
@@ -103,4 +110,6 @@ class Kept:
 def keep(ask, views, cfg, device, out=None):
     """Return the answers to cfg.views of each file, no more than will be seen; None for 0."""
     count = min(cfg.views, -(-cfg.steps * cfg.batch_size // len(views.files)))
-    return Kept(ask, views, count, device, cfg.batch_size, cfg.workers, out) if count else None
+    kept = Kept(ask, views, count, device, cfg.batch_size, cfg.workers, out) if count else None
+    together.leave()
+    return kept

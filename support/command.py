@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader
 from evaluate import evaluate, report
 from models import build_model, freeze
 from priority import effective_sample_size, progressive_weights
-from support import checkpoint, plots, records
+from support import checkpoint, plots, records, together
 from support.data import Pool, find_images, hold_out, leave_out
 from support.labelled import DATASETS, check_labels, open_labelled
-from support.options import filled, pick_device
+from support.options import filled, parse_losses, pick_device
 from support.scoring import verdict
 from train_teacher import builtin_teacher
 
@@ -43,6 +43,10 @@ def opened(cfg, out, defaults):
     those images in the pool are left out and named in skipped.csv.
     """
     laps = records.Laps()
+    if out is None:                             # a process beside the first: it helps, no more
+        cfg, files = together.told(None)
+        return cfg, load_teacher(cfg), files, None, laps
+    parse_losses(cfg.kd)                        # a typing error is found before anything is read
     if cfg.dataset == "scenes" and not cfg.data_root:
         if cfg.pool or cfg.teacher or cfg.teacher_model:
             raise ValueError("--dataset is missing; say which labels there are, or none")
@@ -77,6 +81,7 @@ def opened(cfg, out, defaults):
     if twins:
         print(f"warning: {len(twins)} images of the pool are also among those to evaluate on; they "
               "were left out (skipped.csv)")
+    together.told((cfg, files))
     return cfg, teacher, files, held_out, laps
 
 
@@ -98,6 +103,7 @@ def tell_choice(found, cfg, out=None):
 
 def shown(found, teacher, out):
     """Say and draw whether the pool of a dry run fits the teacher; return its metrics."""
+    together.leave()
     print(verdict(teacher, found))
     plots.pool_check(found, teacher.image_size, teacher, out / "pool.png")
     print(f"dry run: nothing was trained; see {out / 'pool.png'}")

@@ -148,6 +148,10 @@ def pick_device(name):
     """Return the torch.device that "auto", "cpu", "cuda" or "cuda:1" stands for."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))                  # processes, of torchrun
+    if name.startswith("cuda") and 0 < torch.cuda.device_count() < here:
+        raise ValueError(f"there are {here} processes but {torch.cuda.device_count()} GPUs here; "
+                         "lower --nproc-per-node, or use --device cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

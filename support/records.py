@@ -23,7 +23,7 @@ import torch
 import torchvision
 
 from evaluate import named_iou
-from support import checkpoint
+from support import checkpoint, together
 from support.options import given
 
 # Options that say where or how a run is computed, not what it computes.
@@ -145,10 +145,16 @@ def open_run(cfg):
 
 
 def in_folder(run, config_class, argv, description):
-    """Return run(cfg, folder) for the options in the words `argv`."""
-    cfg = configured(config_class, given(config_class, argv, description))
-    with open_run(cfg) as out:
-        return run(cfg, out)
+    """Return run(cfg, folder) for the options in the words `argv`.
+
+    Under torchrun this is what the first process does, and the others get both from it.
+    """
+    with together.joined() as rank:
+        if rank:
+            return run(None, None)
+        cfg = configured(config_class, given(config_class, argv, description))
+        with open_run(cfg) as out:
+            return run(cfg, out)
 
 
 # ---------------------------------------------------------------- tables

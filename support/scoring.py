@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Subset
 from ads_sampler import score_pool
 from bn_stats import capture_bn_inputs, run_until
 from evaluate import as_input
+from support import together
 from support.checkpoint import atomic, fingerprint
 from support.data import loaded
 from support.progress import progress
@@ -119,11 +120,11 @@ def scan(rule, pool, device, workers=0, out=None, key=None):
     """
     store = key and STORE / f"{key}.f32"
     part = out and key and Path(out) / f"{key}.part"  # goes on only with this pool and this teacher
-    scores = read_scores(store)
+    scores = together.told(read_scores(store))
     if len(scores) == len(pool):
         return scores, unusable(pool, scores)
     scores = read_scores(part)
-    scores = scores[:len(scores) // BATCH * BATCH]          # the last batch may be half written
+    scores = together.told(scores[:len(scores) // BATCH * BATCH])  # the last may be half written
     if part:
         part.parent.mkdir(parents=True, exist_ok=True)
         scores.numpy().tofile(part)
@@ -132,17 +133,23 @@ def scan(rule, pool, device, workers=0, out=None, key=None):
         numbers, images, readable = batch
         found = rule(as_input(images, device), numbers.to(device))                # (B,)
         found = found.float().cpu().masked_fill(~readable, torch.nan)
+        found = torch.cat(together.gathered(found, BATCH) or [found])             # (n B,)
+        found = found[:len(pool) - int(numbers[0])]                               # no padding
         if part:
             with open(part, "ab") as file:
                 file.write(found.numpy().tobytes())
         return found
 
-    todo = range(len(scores), len(pool))
+    todo = [range(i, min(i + BATCH, len(pool))) for i in range(len(scores), len(pool), BATCH)]
     if todo:
-        loader = DataLoader(Subset(pool, todo), BATCH, num_workers=workers,
+        # Of n processes each scores every n-th batch: the file grows in pool order, whatever n is.
+        # In the last round some may have none left, and score one again.
+        rank, n = together.place.get()
+        own = [todo[i % len(todo)] for i in range(rank, -(-len(todo) // n) * n, n)]
+        loader = DataLoader(pool, batch_sampler=own, num_workers=workers,
                             pin_memory=device.type == "cuda")
         bar = progress(loaded(loader), "scoring", total=len(loader))
-        scores = torch.cat([scores, score_pool(score_batch, bar)])
+        scores = together.told(torch.cat([scores, score_pool(score_batch, bar)]))
     if store:
         with atomic(store) as temporary:
             scores.numpy().tofile(temporary)

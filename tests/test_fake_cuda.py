@@ -10,6 +10,7 @@ loading processes; float16; what is asked of the hardware; files of weights; fig
 
 import importlib
 from contextlib import nullcontext
+from contextvars import ContextVar
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from bn_stats import METRICS, bn_distance, bn_layers, capture_bn_inputs, image_d
 from evaluate import evaluate
 from experiments import baselines
 from models import ResidualBlock, build_model, conv_bn, wrap
-from support import checkpoint
+from support import checkpoint, together
 from support.data import find_images
 from support.evaluation import write_masks
 from support.options import pick_device
@@ -133,6 +134,17 @@ def test_made_up_images_a_teachers_loss_and_a_painted_mask_mix_no_devices(gpu, m
         target = (4 * images[:, 0, ::4, ::4]).long()                        # (B, h, w)
         assert cross_entropy(student(images), target).device == images.device
         assert painter("abcd")(target[0]).shape == (8, 12, 3)
+
+
+def test_answers_go_from_process_to_process_on_the_gpu(gpu, monkeypatch):
+    monkeypatch.setattr(together, "place", ContextVar("place", default=(0, 2)))
+    monkeypatch.setattr(together.dist, "gather", lambda x, parts: [p.copy_(x) for p in parts])
+    with gpu:
+        answers = torch.rand(3, 4, 8, 8, device="cuda").to(memory_format=torch.channels_last)
+        parts = together.gathered(answers, 4)
+        assert [part.device for part in parts] == 2 * [answers.device]       # so by nccl
+        assert all(part.is_contiguous() and torch.equal(part[:3].cpu(), answers.cpu())
+                   for part in parts)
 
 
 # ---------------------------------------------------------------- parts, and planted mistakes

@@ -41,7 +41,8 @@ def commands():
     sources += [path.read_text().split('"""')[1]
                 for where in ("*.py", "experiments/[a-z]*.py") for path in REPOSITORY.glob(where)]
     text = "\n".join(sources).replace("\\\\\n", " ").replace("\\\n", " ")
-    found = re.findall(r"python (?:-m )?([\w.]+)((?: +(?:\"[^\"]*\"|[\w./,+-]+))*)", text)
+    start = r"(?:python|torchrun --nproc-per-node \d+) (?:-m )?"
+    found = re.findall(start + r"([\w.]+)((?: +(?:\"[^\"]*\"|[\w./,+-]+))*)", text)
     return sorted({(program, words.strip()) for program, words in found
                    if program in PROGRAMS and "..." not in words})
 
