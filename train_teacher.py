@@ -25,7 +25,6 @@ from support import checkpoint, records, scenes
 from support.data import Batches, Views
 from support.labelled import DATASETS, IGNORE, Labels, check_labels, labels, open_labelled
 from support.options import Running, one_sentence, option, pick_amp, pick_device
-from support.progress import progress
 from support.training import OPTIMISERS, Training
 
 training, running = (partial(option, group=g) for g in ("training", "running"))
@@ -104,7 +103,7 @@ def builtin_teacher(size=None, device="auto", amp="auto"):
     """
     size = size or DATASETS["scenes"][1]
     root = f"runs/scenes-{size[0]}x{size[1]}"
-    scenes.write_scenes(root, size=size, progress=partial(progress, name="drawing scenes"))
+    scenes.write_scenes(root, size=size)
     cfg = Config(dataset="scenes", data_root=root, eval_split="val", image_size=size, steps=300,
                  device=device, amp=amp)
     out = Path(f"runs/teacher-{records.digest(cfg)}")

@@ -5,7 +5,6 @@ Idea    A pinhole camera projects a street in metres, and each shape goes into i
         shows no street; a minority does (toy town, high camera, night), in other colours and seen
         by another camera. Ours throughout: an illustration, not evidence about photographs.
 Use it  from support.scenes import CLASSES, PALETTE, street_scene, wild_image, write_scenes
-Run it  python -m support.scenes    writes the contact sheet scenes.png in about a second.
 
 Each picture depends on (seed, split or pool, index, size) alone. Lengths on the canvas are in image
 heights, lengths in a scene in metres: X to the right, Y up, Z away from the camera.
@@ -18,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+
+from support.progress import progress
 
 CLASSES = ("sky", "building", "road", "pavement", "tree", "car", "person", "sign")
 PALETTE = ((70, 130, 180), (88, 80, 84), (128, 64, 128), (244, 35, 232),
@@ -260,8 +261,6 @@ def street(c):
 
 def street_scene(seed, split, index, size=(64, 96)):
     """Return (image, label) of the private world: PIL "RGB" and "L" with values 0..7."""
-    if split not in ("train", "val"):
-        raise ValueError(f'split must be "train" or "val", not {split!r}')
     c = Canvas(size, np.random.default_rng([seed, STREAMS[split], index]))
     street(c)
     return c.develop(0.04)
@@ -343,8 +342,7 @@ def write_picture(root, seed, size, job):
     return "private"
 
 
-def write_scenes(root, seed=0, size=(64, 96), train=500, val=100, pool=1600,
-                 progress=lambda pictures, total: pictures):
+def write_scenes(root, seed=0, size=(64, 96), train=500, val=100, pool=1600):
     """Write all images as PNG below root, unless root/complete, written last of all, exists."""
     root = Path(root)
     if (root / "complete").exists():
@@ -354,18 +352,8 @@ def write_scenes(root, seed=0, size=(64, 96), train=500, val=100, pool=1600,
     jobs = [(split, i) for split, count in (("train", train), ("val", val), ("pool", pool))
             for i in range(count)]
     with ProcessPoolExecutor() as processes:
-        draw = partial(write_picture, root, seed, size)
-        kinds = list(progress(processes.map(draw, jobs, chunksize=8), total=len(jobs)))
+        drawn = processes.map(partial(write_picture, root, seed, size), jobs, chunksize=8)
+        kinds = list(progress(drawn, "drawing scenes", total=len(jobs)))
     rows = ["file,kind", *(f"{i:04d}.png,{kind}" for i, kind in enumerate(kinds[train + val:]))]
     (root / "pool_kinds.csv").write_text("\n".join(rows) + "\n", "utf-8", newline="\n")
     (root / "complete").touch()
-
-
-if __name__ == "__main__":
-    images, labels = zip(*(street_scene(0, "train", i, (128, 192)) for i in range(6)), strict=True)
-    maps = [np.array(PALETTE, np.uint8)[np.asarray(label)] for label in labels]
-    wild = [wild_image(0, i, (128, 192))[0] for i in range(24)]
-    tiles = [np.pad(tile, ((2, 2), (2, 2), (0, 0))) for tile in (*images, *maps, *wild)]
-    rows = [np.hstack(tiles[k:k + 6]) for k in range(0, 36, 6)]
-    Image.fromarray(np.vstack(rows)).save("scenes.png")
-    print("scenes.png: 6 private scenes, their labels below, then 24 pictures of the wild pool")

@@ -227,7 +227,7 @@ def test_the_default_run_asks_nothing_of_the_network(tmp_path, monkeypatch, draw
         monkeypatch.setattr(socket, name, refuse)
     monkeypatch.chdir(tmp_path)
     write = scenes.write_scenes                                       # the same path, but short
-    monkeypatch.setattr(scenes, "write_scenes", lambda root, size, progress: write(
+    monkeypatch.setattr(scenes, "write_scenes", lambda root, size: write(
         root, size=size, train=8, val=2, pool=24))
     monkeypatch.setattr(train_teacher, "Training",
                         lambda model, steps, *args: Training(model, 4, *args))
