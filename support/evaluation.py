@@ -21,13 +21,7 @@ from evaluate import as_input, evaluate, named_iou, predict, report
 from support import plots
 from support.checkpoint import atomic, load_model, save_json
 from support.data import find_images, load_image, to_tensor, whole_view
-from support.labelled import (
-    DATASETS,
-    check_labels,
-    class_colours,
-    compare_names,
-    open_labelled,
-)
+from support.labelled import DATASETS, check_labels, class_colours, compare_names, open_labelled
 from support.options import Options, option, parse, pick_device
 from support.progress import progress
 
@@ -114,9 +108,8 @@ def check_data(cfg):
     classes = load_model(cfg.checkpoint).num_classes if cfg.checkpoint else None
     data = open_labelled(cfg.dataset, cfg.data_root, cfg.split,
                          cfg.image_size or DATASETS[cfg.dataset][1], classes)
-    pixels, sizes = check_labels(data)
-    print(f"{len(data)} images with labels, {sum(sizes.values())} of them opened; sizes "
-          + ", ".join(f"{n} of {h}x{w}" for (h, w), n in sizes.most_common(5)))
+    pixels = check_labels(data)
+    print(f"{len(data)} images with labels, of which at most about 2,000 were opened")
     for name, share in zip([*data.class_names, "void"], pixels / pixels.sum(), strict=True):
         print(f"{name:20s}{100 * share:8.2f} % of the pixels")
     plots.overlays(data, cfg.out or "check.png")

@@ -14,7 +14,6 @@ Use it
     image, target = data[0]       # uint8 (3, h, w) at the scale of size, int64 (H, W) at its own
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,8 +35,9 @@ CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence"
 VOC = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
        "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
        "train", "tvmonitor")
-CITYSCAPES = tuple(c.name for c in torchvision.datasets.Cityscapes.classes
-                   if c.train_id not in (-1, 255))
+CITYSCAPES, CITYSCAPES_COLOURS = zip(*(
+    (c.name, c.color) for c in torchvision.datasets.Cityscapes.classes
+    if c.train_id not in (-1, 255)), strict=True)
 VOID = "void"                                            # the name of a value that is ignored
 WHITE = (255, 255, 255)                                  # its colour: no class has it
 CAMVID_COLOURS = ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222),
@@ -47,9 +47,6 @@ CAMVID_COLOURS = ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128),
 DATASETS = {"scenes": (scenes.CLASSES, (64, 96)), "camvid": (CAMVID, (360, 480)),
             "voc": (VOC, (512, 512)), "cityscapes": (CITYSCAPES, (512, 1024)),
             "folder": (None, (256, 256)), "none": (None, (256, 256))}
-HINTS = {"folder": "; line k + 1 of a classes.txt in --data-root names the value k, 'void' one to "
-                   "ignore, for labels that count from 1 or have another void than 255",
-         "cityscapes": "; if these are train ids, name the files *_gtFine_labelTrainIds.png"}
 labels = partial(option, group="labels")
 
 
@@ -67,12 +64,11 @@ class Labels(Options):
 class Labelled(Dataset):
     """Item i is (whole image at working scale, uint8 (3, h, w); label at its own size, (H, W)).
 
-    table: (256,) from a value in the file to a class, to IGNORE, or to -1 where it must not occur;
-    hint: what to do then.
+    table: (256,) from a value in the file to a class, to IGNORE, or to -1 where it must not occur.
     """
 
-    def __init__(self, images, labels, table, class_names, size, hint=""):
-        self.images, self.labels, self.table, self.hint = images, labels, table, hint
+    def __init__(self, images, labels, table, class_names, size):
+        self.images, self.labels, self.table = images, labels, table
         self.class_names, self.size = list(class_names), tuple(size)
 
     def __len__(self):
@@ -86,8 +82,17 @@ class Labelled(Dataset):
         return to_tensor(whole_view(image, self.size)), self.classes(mask, index)
 
     def mask(self, index):
-        """Return the index mask of a file as it is, a PIL picture."""
-        return load_mask(self.labels[index])
+        """Return the index mask of a file as it is, a PIL picture; ValueError for an RGB mask."""
+        path = self.labels[index]
+        try:
+            with Image.open(path) as mask:
+                mode, indices = mask.mode, np.asarray(mask)         # the indices, not the colours
+        except Exception as error:
+            raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+        if mode not in ("L", "P", "1"):
+            raise ValueError(f"{path} is a {mode} picture; expected an index mask with one class "
+                             "number a pixel (8-bit greyscale or palette)")
+        return Image.fromarray(indices.astype(np.uint8))
 
     def classes(self, mask, index):
         """Return the classes of an index mask that belongs to a file: int64 (H, W)."""
@@ -95,21 +100,9 @@ class Labelled(Dataset):
         if (target < 0).any():
             bad = sorted(set(np.asarray(mask)[(target < 0).numpy()].tolist()))
             raise ValueError(f"{self.labels[index]} holds the label values {bad[:8]}, which are "
-                             f"none of the {len(self.class_names)} classes nor void{self.hint}")
+                             f"none of the {len(self.class_names)} classes nor void; docs/data.md "
+                             "tells how to name them (classes.txt), and train ids")
         return target
-
-
-def load_mask(path):
-    """Return an index mask, one number a pixel. Raises ValueError for an RGB or a broken mask."""
-    try:
-        with Image.open(path) as mask:
-            mode, indices = mask.mode, np.asarray(mask)             # the indices, not the colours
-    except Exception as error:
-        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
-    if mode not in ("L", "P", "1"):
-        raise ValueError(f"{path} is a {mode} picture; expected an index mask with one class "
-                         "number a pixel (8-bit greyscale or palette)")
-    return Image.fromarray(indices.astype(np.uint8))
 
 
 def open_labelled(dataset, root, split, size, num_classes=None, download=False):
@@ -124,7 +117,7 @@ def open_labelled(dataset, root, split, size, num_classes=None, download=False):
         raise FileNotFoundError(f"there is no folder {root}; --data-root must name the {dataset} "
                                 "data (docs/data.md)")
     part, _, sequences = split.partition(":")
-    images, labels, values = LISTINGS[dataset](Path(root), part, download)
+    pairs, values = LISTINGS[dataset](Path(root), part, download)
     values = (values or DATASETS[dataset][0]                               # names of 0, 1, ...
               or [f"class {k}" for k in range(num_classes or 0)])
     names = [name for name in dict.fromkeys(values) if name != VOID]
@@ -132,97 +125,86 @@ def open_labelled(dataset, root, split, size, num_classes=None, download=False):
         raise ValueError(f"{dataset} has {len(names) or 'an unknown number of'} classes, but "
                          f"{num_classes or 'some'} were expected; a classes.txt, --num-classes or "
                          "a --checkpoint tells, and the teacher's must be the same")
-    keep = [i for i, path in enumerate(images) if path.name.startswith(tuple(sequences.split(",")))]
-    if not keep:
+    pairs = [pair for pair in pairs if pair[0].name.startswith(tuple(sequences.split(",")))]
+    if not pairs:
         raise ValueError(f"{root} has no image in split {split!r}")
-    images, labels = [images[i] for i in keep], [labels[i] for i in keep]
-    absent = [path for path in images + labels if not path.is_file()]
+    absent = [path for pair in pairs for path in pair if not path.is_file()]
     if absent:                                          # better now than after hours of training
         raise FileNotFoundError(f"{len(absent)} files of {dataset}, split {split!r}, are missing; "
-                                f"the first is {absent[0]}")
+                                f"unpack it again; the first is {absent[0]}")
     table = torch.full((256,), -1)
     # Official labelIds know no 255: a file with one holds train ids under a wrong name.
     table[IGNORE] = -1 if dataset == "cityscapes" and VOID in values else IGNORE
     for value, name in enumerate(values):
         table[value] = IGNORE if name == VOID else names.index(name)
-    return Labelled(images, labels, table, names, size, HINTS.get(dataset, ""))
+    return Labelled(*zip(*pairs, strict=True), table, names, size)
 
 
 def paired(images, labels):
-    """Return the files of two folders, paired by relative path without suffix.
+    """Return [(image, label), ...] of two folders, paired by relative path without suffix.
 
     Raises ValueError that names an image without a label, or two labels of one name.
     """
-    files, by_name = find_images(images), {}
+    by_name = {}
     for path in find_images(labels):
         other = by_name.setdefault(path.relative_to(labels).with_suffix(""), path)
         if other != path:
             raise ValueError(f"{other} and {path} are labels of one image; remove one of them")
-    names = [path.relative_to(images).with_suffix("") for path in files]
-    alone = [path for path, name in zip(files, names, strict=True) if name not in by_name]
+    pairs = [(path, by_name.get(path.relative_to(images).with_suffix("")))
+             for path in find_images(images)]
+    alone = [image for image, label in pairs if label is None]
     if alone:
         raise ValueError(f"{len(alone)} images have no label, the first is {alone[0]}; expected a "
                          f"file of the same name below {labels}")
-    return files, [by_name[name] for name in names]
+    return pairs
 
+
+# Each returns pairs (image, label) of files, and the names of the label values 0, 1, ...
 
 def list_folder(root, part, download):
-    """Return (images, labels, names of the label values 0, 1, ..., if a classes.txt tells them).
+    """List any folder; the names are empty if no classes.txt tells them.
 
     A value named "void" or not at all is ignored, and values of one name are one class.
     """
     known = root / "classes.txt"
     lines = known.read_text("utf-8-sig").rstrip().splitlines() if known.is_file() else []
     names = [VOID if line.strip().lower() in ("", VOID) else line.strip() for line in lines]
-    if len(names) > 255:
-        raise ValueError(f"{known} has {len(names)} lines; expected one for each label value, at "
-                         "most 255")
     root = root / part if (root / part).is_dir() else root
-    return *paired(root / "images", root / "labels"), names
+    return paired(root / "images", root / "labels"), names
 
 
 def list_camvid(root, part, download):
-    return *paired(root / part, root / f"{part}annot"), (*CAMVID, VOID)
+    return paired(root / part, root / f"{part}annot"), (*CAMVID, VOID)
 
 
 def list_voc(root, part, download):
-    """Return (images, labels, names) of train, val, trainval, or trainaug where it was added.
+    """List train, val, trainval, or trainaug where it was added.
 
     trainaug.txt holds names, or "/JPEGImages/A.jpg /SegmentationClassAug/A.png" a line.
     """
     voc = root / "VOCdevkit" / "VOC2012"
     listing = voc / "ImageSets" / "Segmentation" / f"{part}.txt"
-
-    def files():
-        lines = [line.split() for line in listing.read_text().splitlines() if line.strip()]
-        masks = "SegmentationClassAug" if "aug" in part else "SegmentationClass"
-        lines = [line if len(line) == 2 else (f"JPEGImages/{line[0]}.jpg", f"{masks}/{line[0]}.png")
-                 for line in lines]
-        return [[voc / line[i].lstrip("/") for line in lines] for i in (0, 1)]
-
-    # torchvision would extract the archive again on every run.
-    if download and not (listing.is_file() and all(p.is_file() for p in sum(files(), []))):
-        try:
-            torchvision.datasets.VOCSegmentation(root, download=True)
-        except RuntimeError as error:
-            raise OSError(f"Pascal VOC could not be fetched to {root}: {error}") from error
+    if download and not listing.is_file():    # torchvision would unpack the archive on every run
+        torchvision.datasets.VOCSegmentation(root, download=True)
     if not listing.is_file():
         raise FileNotFoundError(f"no Pascal VOC 2012 with the split {part!r} below {root}: there "
                                 f"is no {listing}; --download fetches all but trainaug")
-    return *files(), VOC
+    masks = "SegmentationClassAug" if "aug" in part else "SegmentationClass"
+    lines = [line.split() for line in listing.read_text().splitlines() if line.strip()]
+    names = [line if len(line) == 2 else (f"JPEGImages/{line[0]}.jpg", f"{masks}/{line[0]}.png")
+             for line in lines]
+    return [(voc / image.lstrip("/"), voc / label.lstrip("/")) for image, label in names], VOC
 
 
 def list_cityscapes(root, part, download):
-    """Return (images, labels, names): labelIds, or labelTrainIds where there is none of these."""
-    images = [path for path in find_images(root / "leftImg8bit" / part)
-              if path.stem.endswith("_leftImg8bit")]
+    """List labelIds, or labelTrainIds where there is none of these."""
     fine = root / "gtFine" / part
     kind = "labelIds" if any(fine.glob("*/*_gtFine_labelIds.png")) else "labelTrainIds"
-    labels = [fine / path.parent.name / path.name.replace("leftImg8bit", f"gtFine_{kind}")
-              for path in images]
+    pairs = [(path, fine / path.parent.name / path.name.replace("leftImg8bit", f"gtFine_{kind}"))
+             for path in find_images(root / "leftImg8bit" / part)]
     ids = [VOID if c.train_id == 255 else c.name
            for c in torchvision.datasets.Cityscapes.classes[:-1]]               # the last is id -1
-    return images, labels, ids if kind == "labelIds" else CITYSCAPES
+    return pairs, ids if kind == "labelIds" else CITYSCAPES
 
 
 LISTINGS = {"scenes": list_folder, "folder": list_folder, "camvid": list_camvid, "voc": list_voc,
@@ -231,14 +213,11 @@ LISTINGS = {"scenes": list_folder, "folder": list_folder, "camvid": list_camvid,
 
 def class_colours(class_names):
     """Return an RGB colour for each class: the data set's own, else of Pascal VOC's map."""
-    own = {scenes.CLASSES: scenes.PALETTE, CAMVID: CAMVID_COLOURS}
-    if tuple(class_names) in own:
-        return own[tuple(class_names)]
-    if tuple(class_names) == CITYSCAPES:
-        return [c.color for c in torchvision.datasets.Cityscapes.classes if c.name in CITYSCAPES]
+    own = {scenes.CLASSES: scenes.PALETTE, CAMVID: CAMVID_COLOURS, CITYSCAPES: CITYSCAPES_COLOURS}
     # VOC spreads the bits of the class number over the high bits of red, green and blue.
-    return [tuple(sum((k >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3))
-                  for channel in range(3)) for k in range(len(class_names))]
+    return own.get(tuple(class_names)) or [
+        tuple(sum((k >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3))
+              for channel in range(3)) for k in range(len(class_names))]
 
 
 def compare_names(data, names):
@@ -251,17 +230,14 @@ def compare_names(data, names):
 
 
 def check_labels(data, names=None, most=2000):
-    """Open a Labelled data set, at most about `most` pairs of it; ValueError names a bad one.
+    """Return the pixels of each class and of void (K + 1,) of a Labelled data set.
 
-    names: of a network's classes, to be compared with. Returns (pixels of each class and of void
-    (K + 1,), number of labels of each (H, W)).
+    Opens at most about `most` pairs of it; ValueError names a bad one. names: of a network's
+    classes, to be compared with.
     """
     compare_names(data, names or data.class_names)
     K = len(data.class_names)
-    pixels, sizes = torch.zeros(K + 1, dtype=torch.int64), Counter()
+    pixels = torch.zeros(K + 1, dtype=torch.int64)
     for i in progress(range(0, len(data), -(-len(data) // most)), "checking labels", leave=False):
-        target = data[i][1]
-        pixels += target.clamp(max=K).flatten().bincount(minlength=K + 1)
-        sizes[tuple(target.shape)] += 1
-    return pixels, sizes
-
+        pixels += data[i][1].clamp(max=K).flatten().bincount(minlength=K + 1)
+    return pixels

@@ -78,7 +78,7 @@ def test_trainaug_takes_the_added_masks_however_its_list_is_written(voc_tree, li
         open_labelled("voc", voc_tree, "trainaug", (24, 24), 21)
 
 
-def test_download_fetches_pascal_voc_only_if_a_file_is_missing(voc_tree, tmp_path, monkeypatch):
+def test_download_fetches_pascal_voc_only_if_it_is_not_there(voc_tree, tmp_path, monkeypatch):
     fetched = []
 
     def fetch(root, download):
@@ -90,9 +90,6 @@ def test_download_fetches_pascal_voc_only_if_a_file_is_missing(voc_tree, tmp_pat
     assert len(open_labelled("voc", new, "val", (24, 24), download=True)) == 2
     assert len(open_labelled("voc", new, "val", (24, 24), download=True)) == 2
     assert fetched == [new]
-    next(new.rglob("SegmentationClass/2007_000033.png")).unlink()       # was broken off, say
-    assert len(open_labelled("voc", new, "val", (24, 24), download=True)) == 2
-    assert fetched == [new, new]
 
 
 def test_cityscapes_is_read_in_file_order_with_its_ignored_pixels(cityscapes_tree):
@@ -127,7 +124,7 @@ def test_cityscapes_train_ids_are_taken_by_name_and_never_guessed(cityscapes_tre
         train_ids = np.vectorize(lambda i: OFFICIAL.get(i, 255))(ids).astype(np.uint8)
         Image.fromarray(train_ids).save(path)
     data = open_labelled("cityscapes", cityscapes_tree, "val", (32, 64))
-    with pytest.raises(ValueError, match=r"labelIds.png holds .*\[255\].*name the files .*Train"):
+    with pytest.raises(ValueError, match=r"labelIds.png holds .*\[255\].*docs/data.md .*train ids"):
         data[0]
     for path in paths:
         path.rename(path.with_name(path.name.replace("labelIds", "labelTrainIds")))
@@ -139,7 +136,7 @@ def test_a_classes_txt_names_the_values_with_void_wherever_it_is(tmp_path):
     # NYUv2's 13 classes as they are commonly distributed: 0 is void, classes count from 1.
     nyu = [f"thing {k}" for k in range(1, 14)]
     root = folder(tmp_path, coordinates(7, 2), np.arange(14, dtype=np.uint8).reshape(2, 7))
-    with pytest.raises(ValueError, match=r"\[13\].*13 classes.*classes.txt.*count from 1"):
+    with pytest.raises(ValueError, match=r"\[13\].*13 classes.*docs/data.md.*classes.txt"):
         open_labelled("folder", root, "val", (2, 7), 13)[0]
     (root / "classes.txt").write_text("\n".join(["void", *nyu]) + "\n")
     data = open_labelled("folder", root, "val", (2, 7))
@@ -207,14 +204,13 @@ def test_labels_are_counted_and_shown_over_their_images(tmp_path, capsys):
     for name, values in (("a.png", [0, 0, 1, 255]), ("b.png", [1, 2, 2, 2])):
         folder(tmp_path, coordinates(4, 1), mask(values), name)
     data = open_labelled("folder", tmp_path, "val", (8, 32), 3)
-    pixels, sizes = check_labels(data)
-    assert pixels.tolist() == [2, 2, 3, 1] and sizes == {(1, 4): 2}
-    assert check_labels(data, most=1)[0].sum() == 4
+    assert check_labels(data).tolist() == [2, 2, 3, 1]
+    assert check_labels(data, most=1).sum() == 4
     checkpoint.save_model(build_model("resnet_tiny", 3), tmp_path / "m.pt")
     evaluate.main(f"--dataset folder --data-root {tmp_path} --checkpoint {tmp_path}/m.pt "
                   f"--image-size 8 32 --check-data --out {tmp_path}/check.png".split())
     said = capsys.readouterr().out
-    assert "2 images with labels, 2 of them opened; sizes 2 of 1x4" in said
+    assert "2 images with labels" in said
     for line in ("class 2 37.50 % of the pixels", "void 12.50 % of the pixels"):
         assert line in " ".join(said.split())
     assert Image.open(tmp_path / "check.png").width > 800
