@@ -5,9 +5,7 @@ Use it
     write_masks(student, "photos", "masks", (96, 128), "cpu")     # returns how many
 """
 
-import os
 import sys
-from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,31 +13,29 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from evaluate import as_input, evaluate, named_iou, predict, report
 from support import plots
 from support.checkpoint import atomic, load_model, save_json
 from support.data import find_images, load_image, to_tensor, whole_view
-from support.labelled import DATASETS, check_labels, class_colours, compare_names, open_labelled
-from support.options import Options, option, parse, pick_device
+from support.labelled import (DATASETS, Labels, check_labels, class_colours, compare_names, labels,
+                              open_labelled)
+from support.options import option, parse, pick_device
 from support.progress import progress
 
-model, labelled, masks, output = (partial(option, group=g) for g in (
-    "model", "score it on labelled data", "or write masks", "output"))
+model, masks, output = (partial(option, group=g) for g in ("model", "or write masks", "output"))
 
 
 @dataclass(frozen=True)
-class Config(Options):
+class Config(Labels):
     checkpoint: str | None = model(None, "student.pt or teacher.pt", kind="FILE")
     image_size: tuple[int, int] | None = model(None, "images are resized, whole, to cover this "
-                                               "(default: its own)")
+                                               "(default: its own)", least=1)
     device: str = model("auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
-    dataset: str = labelled("scenes", "labels to score on",
-                            tuple(name for name in DATASETS if name != "none"))
-    data_root: str | None = labelled(None, "folder of the data set", kind="FOLDER")
-    split: str = labelled("val", "part of it; 'val:0016E5,0006R0' keeps those sequences")
-    check_data: bool = labelled(False, "instead: say what its labels hold, and show some (PNG)")
+    split: str = labels("val", "part of it; 'val:0016E5,0006R0' keeps those sequences")
+    check_data: bool = labels(False, "instead: say what its labels hold, and show some (PNG)")
     images: str | None = masks(None, "any folder of images", kind="FOLDER")
     overlay: bool = masks(False, "also blend each mask into its image")
     out: str | None = output(None, "file for the metrics (JSON) or for --check-data (PNG), or "
@@ -47,33 +43,22 @@ class Config(Options):
 
 
 def mask_names(files):
-    """Return a PNG name for each path: its own with .png, or, where two would clash, with both.
-
-    Names stay some bytes below the 255 that a file system takes.
+    """Return a PNG name for each path: a.png for a.jpg, or, where any two would clash, a.jpg.png.
     """
-    def short(path, name):
-        return path.with_name(os.fsdecode(os.fsencode(name)[:230]) + ".png")
-
-    wanted = Counter(path.with_suffix("") for path in files)
-    names = {}
-    for path in files:
-        name = short(path, path.stem if wanted[path.with_suffix("")] == 1 else path.name)
-        while name in names:
-            name = name.with_name(f"{name.stem[:200]}+.png")
-        names[name] = path
-    return list(names)
+    short = [path.with_suffix(".png") for path in files]
+    if len(set(short)) == len(files):
+        return short
+    return [path.with_name(f"{path.name}.png") for path in files]
 
 
 def write_masks(model, folder, out, size, device, overlay=False):
     """Write an index PNG with a palette for every image of `folder`; return how many.
 
-    Masks keep the image's size and relative path, with .png for a suffix; unreadable files, and
-    stripes over 100 times as long as wide, are named and skipped. overlay: beside each mask a JPEG
-    of it and the image, half and half, and a legend.png.
+    Masks keep the image's size and relative path, with .png for a suffix (see `mask_names`);
+    unreadable files, and stripes over 100 times as long as wide, are named and skipped. overlay:
+    beside each mask a JPEG of it and the image, half and half, and a legend.png.
     """
     palette = np.array(class_colours(model.class_names), dtype=np.uint8).flatten().tolist()
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}; --images must name one")
     files, written = find_images(folder), 0
     if Path(folder).resolve() in (Path(out).resolve(), *Path(out).resolve().parents):
         raise ValueError(f"--out {out} lies in the folder of the images, where masks could replace "
@@ -105,9 +90,8 @@ def write_masks(model, folder, out, size, device, overlay=False):
 
 def check_data(cfg):
     """Print what a labelled data set holds, and write a picture of labels over their images."""
-    classes = load_model(cfg.checkpoint).num_classes if cfg.checkpoint else None
     data = open_labelled(cfg.dataset, cfg.data_root, cfg.split,
-                         cfg.image_size or DATASETS[cfg.dataset][1], classes)
+                         cfg.image_size or DATASETS[cfg.dataset][1], cfg.num_classes, cfg.download)
     pixels = check_labels(data)
     print(f"{len(data)} images with labels, of which at most about 2,000 were opened")
     for name, share in zip([*data.class_names, "void"], pixels / pixels.sum(), strict=True):
@@ -127,18 +111,16 @@ def main(argv=None):
     device = pick_device(cfg.device)
     model = load_model(cfg.checkpoint).to(device)
     size = cfg.image_size or model.image_size
-    if size is None:
-        raise ValueError(f"{cfg.checkpoint} names no image size; give one with --image-size H W")
     if cfg.images:
         if not cfg.out:
             raise ValueError("--out is missing; name a folder for the masks")
         count = write_masks(model, cfg.images, cfg.out, size, device, cfg.overlay)
         print(f"{count} masks in {cfg.out}")
         return {"masks": count}
-    data = open_labelled(cfg.dataset, cfg.data_root, cfg.split, size, model.num_classes)
+    data = open_labelled(cfg.dataset, cfg.data_root, cfg.split, size, model.num_classes,
+                         cfg.download)
     compare_names(data, model.class_names)
-    loader = torch.utils.data.DataLoader(data, batch_size=1)
-    result = evaluate(model, progress(loader, "evaluate"), model.num_classes)
+    result = evaluate(model, progress(DataLoader(data), "evaluate"), model.num_classes)
     print(report({"model": result}, data.class_names))
     print(f"{'freq.-weighted IoU':20s}{100 * result['frequency_weighted_iou']:11.1f}")
     metrics = {key: result[key] for key in ("miou", "pixel_accuracy", "frequency_weighted_iou")}

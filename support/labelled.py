@@ -123,8 +123,8 @@ def open_labelled(dataset, root, split, size, num_classes=None, download=False):
     names = [name for name in dict.fromkeys(values) if name != VOID]
     if not names or num_classes not in (None, len(names)):
         raise ValueError(f"{dataset} has {len(names) or 'an unknown number of'} classes, but "
-                         f"{num_classes or 'some'} were expected; a classes.txt, --num-classes or "
-                         "a --checkpoint tells, and the teacher's must be the same")
+                         f"{num_classes or 'some'} were expected; a classes.txt or --num-classes "
+                         "tells, and the teacher's must be the same")
     pairs = [pair for pair in pairs if pair[0].name.startswith(tuple(sequences.split(",")))]
     if not pairs:
         raise ValueError(f"{root} has no image in split {split!r}")

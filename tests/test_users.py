@@ -132,18 +132,15 @@ def test_two_labels_of_one_image_are_refused(tmp_path):
         open_labelled("folder", tmp_path, "val", (2, 4), 2)
 
 
-def test_every_image_gets_a_mask_of_its_own_however_names_clash_and_however_long(tmp_path):
-    files = [tmp_path / name for name in ("a.jpg", "a.png", "a.jpg.png", f"{'x' * 250}.jpg",
-                                          f"{'x' * 249}y.jpg")]
-    names = evaluation.mask_names(files)
-    assert len(set(names)) == 5 and all(len(os.fsencode(name.name)) < 250 for name in names)
+def test_every_image_gets_a_mask_of_its_own_however_names_clash(tmp_path):
+    files = [tmp_path / name for name in ("a.jpg", "a.png", "a.jpg.png")]
+    assert len(set(evaluation.mask_names(files))) == 3
     for i, path in enumerate(files):
-        write(path, Image.new("RGB", (40, 32), (10 * i, 0, 0)),
-              format="PNG")
+        write(path, Image.new("RGB", (40, 32), (10 * i, 0, 0)), format="PNG")
     model = build_model("resnet_tiny", 3).eval()
-    out = tmp_path.parent / "masks of long names"
-    assert evaluation.write_masks(model, tmp_path, out, (32, 40), "cpu", overlay=True) == 5
-    assert len(list(out.glob("*.png"))) == 5 + 1 and (out / "legend.png").exists()
+    out = tmp_path.parent / "masks of clashing names"
+    assert evaluation.write_masks(model, tmp_path, out, (32, 40), "cpu", overlay=True) == 3
+    assert len(list(out.glob("*.png"))) == 3 + 1 and (out / "legend.png").exists()
 
 
 def test_the_program_does_not_learn_from_its_own_figures(pool_folder, tmp_path):
