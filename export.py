@@ -15,17 +15,15 @@ Run it
 """
 
 import copy
-import io
-import statistics
-import time
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.benchmark import Timer
 
 from models import cost
-from support.checkpoint import atomic, load_model
+from support.checkpoint import load_model, save
 from support.options import Options, one_sentence, option, parse, pick_device
 
 
@@ -35,7 +33,8 @@ class Config(Options):
     out: str | None = option(None, "file to write, such as student.pt2; without it: costs only",
                              kind="FILE")
     teacher: str | None = option(None, "teacher.pt to compare the cost with", kind="FILE")
-    image_size: tuple[int, int] | None = option(None, "size to measure at (default: its own)")
+    image_size: tuple[int, int] | None = option(None, "size to measure at (default: its own)",
+                                                least=1)
     device: str = option("auto", "where to measure: cpu, cuda ...; auto: a GPU if there is one")
 
 
@@ -64,10 +63,7 @@ def export(model, path, size):
                                   dynamic_shapes=({0: auto, 2: auto, 3: auto},))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)              # names folders of this machine
-    buffer = io.BytesIO()                 # on a full disk torch would end the process, not raise
-    torch.export.save(program, buffer)
-    with atomic(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    save(program, path, torch.export.save)
     loaded = torch.export.load(path).module()
     for shape in ((1, 3, *size), (3, 3, size[0] + 33, size[1] + 18)):
         images = torch.rand(shape)
@@ -79,13 +75,10 @@ def export(model, path, size):
 
 @torch.inference_mode()
 def latency(model, size, device):
-    """Return the median time of one image, in ms: of 20 runs, or as many as fit into 10 s."""
-    images, times = torch.rand(1, 3, *size, device=device), []
-    while len(times) < 4 or len(times) < 23 and sum(times) < 10_000:
-        start = time.perf_counter()
-        model(images)[0, 0, 0, 0].item()                # waits for the device
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times[3:])                 # the first ones warm up
+    """Return the median time of one image in ms, of as many as fit into a second."""
+    timer = Timer("model(images)", num_threads=torch.get_num_threads(), globals={
+        "model": model, "images": torch.rand(1, 3, *size, device=device)})
+    return 1000 * timer.blocked_autorange(min_run_time=1).median
 
 
 def main(argv=None):
@@ -96,8 +89,6 @@ def main(argv=None):
         models["teacher"] = load_model(cfg.teacher)
     models["student"] = student = load_model(cfg.checkpoint)
     size = cfg.image_size or student.image_size
-    if size is None:
-        raise ValueError(f"{cfg.checkpoint} names no image size; give one with --image-size H W")
     if cfg.out:
         export(student, cfg.out, size)
         print(f"{cfg.out} gives the same masks as {cfg.checkpoint}, for any batch and size")

@@ -41,11 +41,12 @@ def atomic(path):
         temporary.unlink(missing_ok=True)
 
 
-def save(state, path):
-    """Write a dict of tensors and plain values."""
-    # By way of memory: on a full disk torch.save raises a RuntimeError that says nothing of disks.
+def save(state, path, write=torch.save):
+    """Write a dict of tensors and plain values, or what else torch can write to a file."""
+    # By way of memory: on a full disk torch.save raises a RuntimeError that says nothing of disks,
+    # and torch.export.save ends the process.
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    write(state, buffer)
     with atomic(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
 
@@ -85,21 +86,12 @@ def load_model(path, name=None, num_classes=None):
         raise ValueError(f"{path} is not a model of this repository (format {FORMAT!r}); "
                          "train_teacher.py and distill.py write such files, and networks of your "
                          "own enter through the Python API (README)")
-    try:
-        for what, expected in (("model", name), ("num_classes", num_classes)):
-            if expected is not None and state[what] != expected:
-                raise ValueError(f"it holds {what} {state[what]}, but {expected} was asked for")
-        if len(state["class_names"]) != state["num_classes"]:
-            raise ValueError(f"it names {len(state['class_names'])} of {state['num_classes']} "
-                             "classes")
-        model = build_model(state["model"], state["num_classes"], **{
-            key: state[key] for key in ("mean", "std", "class_names", "image_size")})
-        model.load_state_dict(state["state_dict"])
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
-        why = (f"its entry {error} is missing" if isinstance(error, KeyError)
-               else str(error).splitlines()[-1].strip())
-        raise ValueError(f"{path} cannot be used: {why}; make it anew, or name another file"
-                         ) from error
+    for what, expected in (("model", name), ("num_classes", num_classes)):
+        if expected not in (None, state[what]):
+            raise ValueError(f"{path} holds {what} {state[what]}, but {expected} was asked for")
+    model = build_model(state["model"], state["num_classes"], **{
+        key: state[key] for key in ("mean", "std", "class_names", "image_size")})
+    model.load_state_dict(state["state_dict"])
     return model.eval()
 
 
