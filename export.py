@@ -33,8 +33,7 @@ class Config(Options):
     out: str | None = option(None, "file to write, such as student.pt2; without it: costs only",
                              kind="FILE")
     teacher: str | None = option(None, "teacher.pt to compare the cost with", kind="FILE")
-    image_size: tuple[int, int] | None = option(None, "size to measure at (default: its own)",
-                                                least=1)
+    image_size: tuple[int, int] | None = option(None, "size to measure at (default: its own)")
     device: str = option("auto", "where to measure: cpu, cuda ...; auto: a GPU if there is one")
 
 

@@ -32,7 +32,7 @@ model, masks, output = (partial(option, group=g) for g in ("model", "or write ma
 class Config(Labels):
     checkpoint: str | None = model(None, "student.pt or teacher.pt", kind="FILE")
     image_size: tuple[int, int] | None = model(None, "images are resized, whole, to cover this "
-                                               "(default: its own)", least=1)
+                                               "(default: its own)")
     device: str = model("auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
     split: str = labels("val", "part of it; 'val:0016E5,0006R0' keeps those sequences")
     check_data: bool = labels(False, "instead: say what its labels hold, and show some (PNG)")

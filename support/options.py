@@ -20,7 +20,7 @@ import signal
 import sys
 import typing
 from dataclasses import dataclass, field, fields, replace
-from functools import partial, wraps
+from functools import partial
 
 import torch
 
@@ -31,9 +31,9 @@ def option(default, help, choices=None, group="options", least=0, kind=None, req
     least: the smallest number that is allowed (default: 0). kind: FILE, FOLDER or what else a word
     stands for. required: the command line must give it.
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "group": group,
-                                            "least": least, "kind": kind,
-                                            "required": required})
+    return field(default=default, metadata={
+        "help": help, "choices": choices, "group": group, "least": least, "kind": kind,
+        "required": required})
 
 
 def flag(name):
@@ -51,21 +51,15 @@ class Options:
     def __post_init__(self):
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
-            least = f.metadata["least"]
-            if value is None and f.default is None:
-                continue
-            if f.type == (tuple[int, int] | None):
-                fits = isinstance(value, tuple) and [type(n) for n in value] == [int, int]
-                fits, expected = fits and min(value) > 0, "a height and a width of 1 or more"
-            elif choices:
-                fits, expected = value in choices, f"one of {', '.join(choices)}"
-            elif kind_of(f) in (int, float):
-                fits = type(value) in (int, kind_of(f)) and math.isfinite(value) and value >= least
-                expected = f"a number of at least {least}"
+            if choices and value not in (*choices, f.default):
+                expected = f"one of {', '.join(choices)}"
+            elif isinstance(value, tuple) and min(value) < 1:
+                expected = "a height and a width of 1 or more"
+            elif isinstance(value, int | float) and not f.metadata["least"] <= value < math.inf:
+                expected = f"a number of at least {f.metadata['least']}"
             else:
-                fits, expected = isinstance(value, kind_of(f)), f"a {kind_of(f).__name__}"
-            if not fits:
-                raise ValueError(f"{flag(f.name)} takes {expected}; got {value!r}")
+                continue
+            raise ValueError(f"{flag(f.name)} takes {expected}; got {value!r}")
 
 
 running = partial(option, group="running")
@@ -95,11 +89,10 @@ def add_option(group, f):
     elif f.type == (tuple[int, int] | None):
         how |= {"nargs": 2, "type": int, "metavar": ("H", "W")}
     else:
-        metavar = meta["kind"] or {int: "N", float: "X", str: "NAME"}[kind]
-        if meta["choices"]:
-            how["choices"], how["help"] = meta["choices"], how["help"] + "; one of: " + ", ".join(
-                meta["choices"])
-        how |= {"type": kind, "metavar": metavar}
+        how |= {"type": kind, "choices": meta["choices"],
+                "metavar": meta["kind"] or {int: "N", float: "X", str: "NAME"}[kind]}
+    if meta["choices"]:
+        how["help"] += "; one of: " + ", ".join(meta["choices"])
     group.add_argument(flag(f.name), **how)
 
 
@@ -107,13 +100,12 @@ def given(config_class, argv, description):
     """Return {name: value} of the options that the words `argv` (None: sys.argv) name."""
     parser = argparse.ArgumentParser(
         description=description, usage="%(prog)s [options]", argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-        formatter_class=partial(argparse.HelpFormatter, max_help_position=24, width=79))
-    groups = {}
+        allow_abbrev=False)
+    groups = {"options": parser}
     for f in fields(config_class):
         name = f.metadata["group"]
-        groups[name] = groups.get(name) or (
-            parser if name == "options" else parser.add_argument_group(name))
+        if name not in groups:
+            groups[name] = parser.add_argument_group(name)
         add_option(groups[name], f)
     words = vars(parser.parse_args(argv))
     return {k: tuple(v) if isinstance(v, list) else v for k, v in words.items()}
@@ -168,11 +160,8 @@ def pick_amp(name, device):
     """
     if name != "auto":
         return {"bfloat16": torch.bfloat16, "float16": torch.float16, "off": None}[name]
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        able = getattr(torch.cpu, "get_capabilities", dict)()
-        native = able.get("avx512_bf16", False) or able.get("amx_bf16", False)
+    native = (torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda"
+              else torch.cpu.get_capabilities().get("avx512_bf16"))
     return torch.bfloat16 if native else None
 
 
@@ -180,18 +169,15 @@ def pick_amp(name, device):
 
 def sentence(error):
     """Return (what to say, exit code) for an error that a user can cause or cure, else None."""
+    words, code = f"error: {error}", 2
     if isinstance(error, KeyboardInterrupt):
         words, code = "interrupted", 128 + (error.args or (signal.SIGINT,))[0]
     elif isinstance(error, torch.OutOfMemoryError | MemoryError):
-        words, code = ("error: out of memory; lower --batch-size or --image-size, where there is "
-                       "one, and start again"), 2
+        words = "error: out of memory; lower --batch-size or --image-size and start again"
     elif "DataLoader worker" in str(error):
         # It strikes at any moment, also while a progress bar is drawn: begin a line.
-        words, code = ("\nerror: a process that loads images died, perhaps for want of memory; use "
-                       "fewer --workers, or 0"), 2
-    elif isinstance(error, ValueError | OSError):
-        words, code = f"error: {error}", 2
-    else:
+        words = "\nerror: a process that loads images died; use fewer --workers, or 0"
+    elif not isinstance(error, ValueError | OSError):
         return None
     return "; ".join([words, *getattr(error, "__notes__", [])]), code
 
@@ -205,7 +191,6 @@ def one_sentence(main):
     def interrupt(number, frame):
         raise KeyboardInterrupt(number)
 
-    @wraps(main)
     def program():
         for name in ("SIGTERM", "SIGHUP"):                      # Windows knows no SIGHUP
             if hasattr(signal, name):

@@ -82,17 +82,9 @@ def test_the_help_shows_groups_kinds_choices_and_every_default(capsys):
     ({"amp": "fp16"}, "--amp takes one of auto, bfloat16, float16, off; got 'fp16'"),
     ({"batch_size": 0}, "--batch-size takes a number of at least 1; got 0"),
     ({"seed": -1}, "--seed takes a number of at least 0; got -1"),
-    ({"steps": 1.5}, "--steps takes a number of at least 0; got 1.5"),
-    ({"steps": True}, "--steps takes a number of at least 0; got True"),
-    ({"steps": None}, "--steps takes a number of at least 0; got None"),
     ({"lr": math.nan}, "--lr takes a number of at least 0; got nan"),
     ({"lr": math.inf}, "--lr takes a number of at least 0; got inf"),
-    ({"share": "4"}, "--share takes a number of at least 0; got '4'"),
-    ({"size": 64}, "--size takes a height and a width of 1 or more; got 64"),
-    ({"size": (64, 0)}, r"--size takes a height and a width of 1 or more; got \(64, 0\)"),
-    ({"size": (64, 64, 3)}, "--size takes a height and a width"),
-    ({"root": 5}, "--root takes a str; got 5"),
-    ({"resume": "yes"}, "--resume takes a bool; got 'yes'")])
+    ({"size": (64, 0)}, r"--size takes a height and a width of 1 or more; got \(64, 0\)")])
 def test_a_config_refuses_what_an_option_cannot_take_wherever_it_is_made(values, said):
     for make in (Config, lambda **values: dataclasses.replace(Config(), **values)):
         with pytest.raises(ValueError, match=f"^{said}"):
