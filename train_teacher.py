@@ -10,8 +10,7 @@ Use it
     python distill.py --teacher runs/teacher/teacher.pt --pool DIR --dataset camvid --data-root DIR
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -39,8 +38,7 @@ class Config(Labels, Running):
     batch_size: int = training(16, "images an update", least=1)
     optimiser: str = training("sgd", "how to train", tuple(OPTIMISERS))
     lr: float = training(0.1, "highest learning rate")
-    image_size: tuple[int, int] | None = training(None, "crop height and width (default: the data "
-                                                  "set's)")
+    image_size: tuple[int, int] | None = training(None, "crop size (default: the data set's)")
     jitter: float = training(0.2, "change of brightness and contrast")
     out: str = running("runs/teacher", "folder for teacher.pt", kind="FOLDER")
 
@@ -60,15 +58,13 @@ def open_data(cfg, split, size):
 
 def train_teacher(cfg, out):
     """Train as `cfg` says, write teacher.pt to the folder `out`; return its metrics."""
-    if (out / "teacher.pt").exists():
-        raise ValueError(f"{out} already holds a teacher; choose another --out")
     device = pick_device(cfg.device)
     size = cfg.image_size or DATASETS[cfg.dataset][1]
     data = open_data(cfg, cfg.split, size)
     held_out = open_data(cfg, cfg.eval_split, size) if cfg.eval_split else None
     if held_out and set(held_out.images) & set(data.images):
-        raise ValueError(f"--split {cfg.split} and --eval-split {cfg.eval_split} share images, so "
-                         "that the mIoU would say nothing; name parts that do not")
+        raise ValueError(f"--split {cfg.split} and --eval-split {cfg.eval_split} share images; "
+                         "name parts that do not")
 
     torch.manual_seed(cfg.seed)
     model = build_model(cfg.model, len(data.class_names), class_names=data.class_names,
@@ -79,8 +75,8 @@ def train_teacher(cfg, out):
     views = Views(data.images, size, cfg.seed, jitter=cfg.jitter, labelled=data, label_size=half)
     run = Training(model, cfg.steps, cfg.lr, cfg.seed, pick_amp(cfg.amp, device), out / "state.pt",
                    cfg.optimiser)
-    for _, images, _, target in run.batches(Batches(views, cfg.batch_size), cfg.workers,
-                                           "teacher"):
+    batches = Batches(views, cfg.batch_size)
+    for _, images, _, target in run.batches(batches, cfg.workers, "teacher"):
         with run.precision():
             logits = F.interpolate(model(images), half, mode="bilinear")     # (B, K, H/2, W/2)
         run.step(cross_entropy(logits, target))
@@ -91,8 +87,9 @@ def train_teacher(cfg, out):
         print(report({"teacher": result}, data.class_names))
         metrics["miou"] = result["miou"]
     checkpoint.save_model(model, out / "teacher.pt")
-    checkpoint.save_json({**metrics, "config": dataclasses.asdict(cfg)}, out / "teacher.json")
+    checkpoint.save_json({**metrics, "config": asdict(cfg)}, out / "metrics.json")
     (out / "state.pt").unlink(missing_ok=True)
+    print(f"{out}/teacher.pt written")
     return metrics
 
 
@@ -110,7 +107,7 @@ def builtin_teacher(size=None, device="auto", amp="auto"):
     if (out / "teacher.pt").exists():
         print(f"reusing the built-in scenes in {root} and the teacher in {out}/teacher.pt")
     else:
-        cfg = dataclasses.replace(cfg, out=str(out), resume=records.begun(out))
+        cfg = replace(cfg, out=str(out), resume=records.begun(out))
         with records.open_run(cfg):
             train_teacher(cfg, out)
     return root, f"{out}/teacher.pt"
@@ -118,13 +115,8 @@ def builtin_teacher(size=None, device="auto", amp="auto"):
 
 def main(argv=None):
     """Train a teacher from the command line; return its metrics."""
-    words = records.given(Config, argv, "Train a segmentation network on labelled images.")
-    cfg = records.configured(Config, words)
-    with records.open_run(cfg) as out:
-        metrics = train_teacher(cfg, out)
-    print(f"{out}/teacher.pt written" + (f", mIoU {100 * metrics['miou']:.1f} % on "
-                                         f"{cfg.eval_split}" if "miou" in metrics else ""))
-    return metrics
+    return records.in_folder(train_teacher, Config, argv,
+                             "Train a segmentation network on labelled images.")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Use it
 """
 
 import csv
-import dataclasses
 import hashlib
 import json
 import platform
@@ -14,6 +13,7 @@ import shlex
 import subprocess
 import sys
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, fields
 from itertools import count
 from pathlib import Path
 from time import perf_counter, process_time
@@ -31,21 +31,16 @@ NEUTRAL = {"out", "resume", "dry_run", "device", "workers", "download"}
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}      # file names that are not UTF-8, too
 
 
-def plain(values):
-    """Return a dict of options as JSON gives it back: a tuple becomes a list."""
-    return json.loads(json.dumps(values))
-
-
 def differences(options, recorded):
     """Return 'name: recorded value, now value' for options, a dict, that change a result."""
-    return [f"{name}: {recorded.get(name)!r}, now {value!r}"
-            for name, value in plain(options).items()
+    now = json.loads(json.dumps(options))                        # as JSON has it: a tuple is a list
+    return [f"{name}: {recorded.get(name)!r}, now {value!r}" for name, value in now.items()
             if name not in NEUTRAL and recorded.get(name) != value]
 
 
 def digest(cfg):
     """Return a short name for the content of a config."""
-    content = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NEUTRAL}
+    content = {k: v for k, v in asdict(cfg).items() if k not in NEUTRAL}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -76,36 +71,27 @@ def locked(out):
         yield
 
 
-def recorded(out):
-    """Return the config of the run in a folder, a dict; ValueError if there is none to go on with.
-    """
-    if out is None or not (Path(out) / "config.json").is_file():
-        raise ValueError(f"--resume: there is no run in {out}; name the folder of an interrupted "
-                         "run with --out")
-    if (Path(out) / "metrics.json").is_file():
-        raise ValueError(f"the run in {out} is finished; its result is in metrics.json")
-    try:
-        values = json.loads((Path(out) / "config.json").read_text())
-        return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    except (ValueError, AttributeError) as error:        # no JSON, no text, no dict
-        raise ValueError(f"{out}/config.json is damaged; begin anew with another --out") from error
-
-
 def configured(config_class, words):
     """Return the config that options {name: value} give; with resume, the one in the folder out.
 
-    Raises ValueError if a resumed run was given other options than it had.
+    Raises ValueError if there is no run to go on with there, or one that had other options.
     """
     if not words.get("resume"):
         return config_class(**words)
-    out = words.get("out", config_class.out)
-    kept = recorded(out)
-    changed = differences(words, plain(kept))
+    out = Path(str(words.get("out", config_class.out)))
+    if not (out / "config.json").is_file():
+        raise ValueError(f"--resume: there is no run in {out}; name the folder of an interrupted "
+                         "run with --out")
+    if (out / "metrics.json").is_file():
+        raise ValueError(f"the run in {out} is finished; its result is in metrics.json")
+    kept = json.loads((out / "config.json").read_text())
+    changed = differences(words, kept)
     if changed:
         raise ValueError(f"the run in {out} has another config ({'; '.join(changed)}); resume it "
                          "with its own options, or choose another --out")
-    known = {f.name for f in dataclasses.fields(config_class)}
-    return config_class(**{k: v for k, v in (kept | words).items() if k in known})
+    known = {f.name for f in fields(config_class)}
+    return config_class(**{k: tuple(v) if isinstance(v, list) else v
+                           for k, v in (kept | words).items() if k in known})
 
 
 def lock_folder(cfg, stack, root=Path("runs")):
@@ -134,7 +120,7 @@ def open_run(cfg):
             raise ValueError(f"{out} is not empty; choose another --out, or add --resume to go on "
                              "with the run in it")
         if not cfg.resume:
-            checkpoint.save_json(dataclasses.asdict(cfg), out / "config.json")
+            checkpoint.save_json(asdict(cfg), out / "config.json")
         try:
             yield out
         except (KeyboardInterrupt, OSError, RuntimeError) as error:
@@ -203,18 +189,14 @@ class Laps(dict):
 
 def environment(device):
     """Return what a number depends on beside the config: versions, hardware, commit."""
-    commit, processor = "", platform.machine()
-    with suppress(FileNotFoundError):                # no git here, as in many containers
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
-                                text=True, cwd=Path(__file__).parent, check=False).stdout.strip()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next((x.split(": ")[1] for x in lines if x.startswith("model name")), processor)
+    processor = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    failed, commit = subprocess.getstatusoutput(
+        f'git -C "{Path(__file__).parent}" rev-parse --short HEAD')       # no git: failed, too
     return {"python": platform.python_version(), "torch": torch.__version__,
             "torchvision": torchvision.__version__, "pillow": PIL.__version__,
-            "threads": torch.get_num_threads(),
+            "threads": torch.get_num_threads(), "commit": None if failed else commit,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda"
-            else f"{processor} CPU", "commit": commit or None}
+            else f"{processor} CPU"}
 
 
 def metrics(cfg, results, teacher, found, laps):
@@ -236,7 +218,7 @@ def metrics(cfg, results, teacher, found, laps):
         "seconds": sum(wall for wall, _ in laps.values()),
         "stage_seconds": {name: wall for name, (wall, _) in laps.items()},
         "processor_seconds": {name: processor for name, (_, processor) in laps.items()},
-        "config": dataclasses.asdict(cfg), "environment": environment(teacher.mean.device)}
+        "config": asdict(cfg), "environment": environment(teacher.mean.device)}
 
 
 def closing(metrics, out):

@@ -114,13 +114,6 @@ def test_a_run_is_not_resumed_where_there_is_none_or_a_finished_one(tmp_path):
         resumed(tmp_path / "done")
 
 
-@pytest.mark.parametrize("content", [b"", b'{"steps": 9', b"[1]", b"null", b"\xff\xfe\x00"])
-def test_a_damaged_config_is_named(tmp_path, content):
-    (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"config\.json is damaged; begin anew"):
-        resumed(tmp_path)
-
-
 def test_resuming_with_another_config_names_what_changed_and_keeps_the_record(tmp_path):
     started(Config(out=str(tmp_path)))
     with pytest.raises(ValueError, match=r"\(steps: 900, now 10; size: None, now \[8, 9\]\)"):
