@@ -22,7 +22,6 @@ import signal
 import time
 import warnings
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -41,51 +40,43 @@ def find_images(folder):
 
     Instead of a folder: a CSV whose first column is `file`, such as a run's chosen.csv; its files
     are returned in its order. Raises FileNotFoundError if there is no such folder or no image in
-    it, or if a listed file is missing; ValueError if the CSV has no such column. Warns of folders
-    that may not be listed and of kinds of images that cannot be read here.
+    it, or if a listed file is missing; ValueError if the CSV has no such column. Warns of kinds of
+    images that cannot be read here.
     """
     if str(folder).lower().endswith(".csv") and Path(folder).is_file():
         return listed_images(folder)
     if not folder or not Path(folder).is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; expected a folder of images")
     read = IMAGE_SUFFIXES | MORE_SUFFIXES & set(Image.registered_extensions())
-    closed, found, unread = [], [], Counter()
-    for root, _, names in os.walk(folder, onerror=closed.append):
-        for name in names:
-            suffix = Path(name).suffix.lower()
-            if suffix in read and not name.startswith("."):
-                found.append(Path(root) / name)
-            unread[suffix] += suffix in MORE_SUFFIXES - read
+    paths = [path for path in Path(folder).rglob("*") if not path.name.startswith(".")]
+    found = sorted(path for path in paths if path.suffix.lower() in read)
     if not found:
         raise FileNotFoundError(f"no image below {folder}; expected files that end in "
                                 f"{', '.join(sorted(read))}")
-    if closed:
-        warnings.warn(f"{len(closed)} folders may not be listed and were left out, the first is "
-                      f"{closed[0].filename}", stacklevel=2)
-    if unread.total():
-        kinds = ", ".join(f"{n} {suffix}" for suffix, n in unread.items() if n)
+    count = Counter(path.suffix.lower() for path in paths)
+    unread = sorted((MORE_SUFFIXES - read) & set(count))
+    if unread:
+        kinds = ", ".join(f"{count[suffix]} {suffix}" for suffix in unread)
         warnings.warn(f"images left out because this Pillow cannot read their kind: {kinds}; "
                       "convert them to JPEG, say", stacklevel=2)
-    return sorted(found)
+    return found
 
 
 def listed_images(path):
     """Return the files that the first column, `file`, of a CSV lists; see `find_images`."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            semicolon = file.readline().startswith("file;")      # as Excel writes it in Europe
-            file.seek(0)
-            rows = [row for row in csv.reader(file, delimiter=";" if semicolon else ",") if row]
-    except csv.Error as error:
-        raise ValueError(f"{path} is no table of files: {error}") from error
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        semicolon = file.readline().startswith("file;")          # as Excel writes it in Europe
+        file.seek(0)
+        rows = [row for row in csv.reader(file, delimiter=";" if semicolon else ",") if row]
     if len(rows) < 2 or rows[0][0] != "file":
         raise ValueError(f"{path} lists no images; expected a CSV whose first column is headed "
                          "'file', such as a run's chosen.csv")
-    for name, *_ in rows[1:]:
-        if not Path(name).is_file():
-            raise FileNotFoundError(f"{path} lists {name}, which is not there; a relative path "
+    files = [Path(name) for name, *_ in rows[1:]]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{path} lists {file}, which is not there; a relative path "
                                     "counts from the working folder")
-    return [Path(name) for name, *_ in rows[1:]]
+    return files
 
 
 def eight_bits(image):
@@ -163,22 +154,17 @@ def hold_out(files):
 def leave_out(files, others):
     """Return (the files that are none of the others by content, the rest as lines of skipped.csv).
 
-    Only files whose sizes agree are read. One that cannot be read stays: the scan will name it.
+    Only files whose sizes agree are read. A link to nowhere stays: the scan will name it.
     """
-    def each(read, paths):
-        found = {}
-        for path in paths:
-            with suppress(OSError):
-                found[path] = read(path)
-        return found
-
     def digest(path):
         return hashlib.sha256(Path(path).read_bytes()).digest()
 
-    sizes = set(each(os.path.getsize, others).values())
-    alike = [path for path, size in each(os.path.getsize, files).items() if size in sizes]
-    known = {key: path for path, key in each(digest, others if alike else []).items()}
-    twins = {path: known[key] for path, key in each(digest, alike).items() if key in known}
+    others = [path for path in others if os.path.isfile(path)]
+    sizes = set(map(os.path.getsize, others))
+    alike = [path for path in files if os.path.isfile(path) and os.path.getsize(path) in sizes]
+    known = {digest(path): path for path in others} if alike else {}
+    twins = {path: known[key] for path, key in zip(alike, map(digest, alike), strict=True)
+             if key in known}
     return ([path for path in files if path not in twins],
             [f"{path}: the same image as {other}, which is evaluated on"
              for path, other in twins.items()])
