@@ -16,6 +16,7 @@ import resource
 import statistics
 import tempfile
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,10 +65,10 @@ def measure(calls, repeats, device):
     return seconds
 
 
-def row(what, target, seconds, name, floor, times=1):
-    """Return the record of a ratio: seconds[name] by `times` the sum of those in `floor`."""
-    parts = zip(*(seconds[part] for part in floor), strict=True)
-    ratios = [a / (times * sum(b)) for a, b in zip(seconds[name], parts, strict=True)]
+def row(what, target, seconds):
+    """Return the record of a ratio: the last of the times by the sum of the others, its floor."""
+    *floor, name = seconds
+    ratios = [times[-1] / sum(times[:-1]) for times in zip(*seconds.values(), strict=True)]
     low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return {"what": what, "floor": " + ".join(floor), "target": target, "median": median,
             "quartiles": [low, high],
@@ -78,18 +79,6 @@ def network(name, device):
     return build_model(name, 21).to(device, memory_format=torch.channels_last)
 
 
-def scoring(name, batch, size, target, cfg, device):
-    """Return what reading all layers of a network costs beside a bare pass."""
-    teacher, images = freeze(network(name, device)), torch.rand(batch, 3, *size, device=device)
-    layers = bn_layers(teacher)
-    with torch.no_grad():
-        seconds = measure({"teacher": lambda: teacher(images),
-                           "score": lambda: image_distances(teacher, images, layers)},
-                          cfg.repeats, device)
-    return [row(f"score {batch} x {size[0]}x{size[1]}, {name}, {len(layers)} layers", target,
-                seconds, "score", ["teacher"])]
-
-
 def photographs(folder, count):
     """Write `count` JPEGs of 480x640; return their paths."""
     files = [Path(folder) / f"{i}.jpg" for i in range(count)]
@@ -98,13 +87,46 @@ def photographs(folder, count):
     return files
 
 
-def training(count, batch, size, cfg, device, steps=10):
+def memory(count, device):
+    """Return the peak memory of a scan of drawn images beside that of a tenth of them."""
+    teacher, peaks = freeze(network("resnet_tiny", device)), {}
+    for n in (count // 10, count):
+        loader = (torch.rand(50, 3, 16, 16, device=device) for _ in range(n // 50))
+        score_pool(lambda images: image_distances(teacher, images), loader)
+        peaks[f"{n:,}"] = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss] * 2  # never falls
+    return row(f"peak memory of scoring {count:,} images", 1.05, peaks)
+
+
+def choosing(count, cfg, device):
+    """Return what choosing 400 of many images costs beside a second."""
+    distances = torch.rand(count)
+    seconds = measure({"sample": lambda: sample(distances, 400)}, cfg.repeats, device)
+    return row(f"choose 400 of {count:,}", 1, {"1 s": [1] * cfg.repeats, **seconds})
+
+
+def scanning(count, size, cfg, device):
+    """Return what scoring a folder of photographs costs beside decoding and scoring them."""
+    teacher = freeze(network("resnet_small", device))
+    layers = bn_layers(teacher)
+
+    def rule(images, numbers=None):
+        return image_distances(teacher, images, layers)
+
+    with tempfile.TemporaryDirectory() as folder:
+        pool = Pool(photographs(folder, count), size)
+        views = torch.stack([pool.view(i) for i in range(count)])
+        return row(f"scan {count} JPEGs of 480x640", 1.1, measure({
+            "decode": lambda: [pool[i] for i in range(count)],
+            "score": lambda: [rule(as_input(part, device)).cpu() for part in views.split(BATCH)],
+            "scan": lambda: scan(rule, pool, device)}, cfg.repeats, device))
+
+
+def training(count, batch, size, cfg, device, steps=10, views=24):
     """Return what a training step costs beside a bare one, and answering beside a bare pass."""
     teacher, student = freeze(network("resnet_small", device)), network("resnet_tiny", device)
     images, weights = torch.rand(batch, 3, *size, device=device), torch.rand(count, device=device)
     run = Training(student, 10 ** 6, 1e-4, 0, pick_amp("auto", device))
-    like = tuple(student(images).shape[-2:])
-    ask = partial(answers_of, teacher, like=like, precision=run.precision())
+    ask = partial(answers_of, teacher, like=student(images).shape[-2:], precision=run.precision())
 
     def bare_step():
         with run.precision():
@@ -125,54 +147,33 @@ def training(count, batch, size, cfg, device, steps=10):
         with torch.no_grad(), run.precision():
             teacher(images)
 
+    def answer():
+        seen.sources.clear()
+        return Kept(ask, seen, views, device, batch)
+
     with tempfile.TemporaryDirectory() as folder:
-        files, views = photographs(folder, count), 24
-        seen = Views(files, size, 0)
-        passes = count * views // batch
-
-        def answer():
-            seen.sources.clear()
-            return Kept(ask, seen, views, device, batch)
-
-        answering = measure({"teacher": lambda: [bare_pass() for _ in range(passes)],
-                             "answer": answer}, cfg.repeats, device)
-        batches = run.batches(Batches(seen, batch, answer()))
-        stepping = measure({"student": lambda: [bare_step() for _ in range(steps)],
-                            "train": lambda: [step(*next(batches)) for _ in range(steps)]},
-                           cfg.repeats, device)
-        batches.close()
+        seen = Views(photographs(folder, count), size, 0)
+        answering = measure({
+            "teacher": lambda: [bare_pass() for _ in range(count * views // batch)],
+            "answer": answer}, cfg.repeats, device)
+        with closing(run.batches(Batches(seen, batch, answer()))) as batches:
+            stepping = measure({"student": lambda: [bare_step() for _ in range(steps)],
+                                "train": lambda: [step(*next(batches)) for _ in range(steps)]},
+                               cfg.repeats, device)
     what = f"{batch} x {size[0]}x{size[1]}"
-    return [row(f"train resnet_tiny, {steps} steps of {what}", 1.3, stepping, "train", ["student"]),
-            row(f"answer {views} views of {count} JPEGs, {what}, resnet_small", 1.1, answering,
-                "answer", ["teacher"])]
+    return [row(f"train resnet_tiny, {steps} steps of {what}", 1.3, stepping),
+            row(f"answer {views} views of {count} JPEGs, {what}, resnet_small", 1.1, answering)]
 
 
-def scan_of(count, size, cfg, device):
-    """Return what scoring a folder of photographs costs beside decoding and scoring them."""
-    teacher = freeze(network("resnet_small", device))
+def scoring(name, batch, size, target, cfg, device):
+    """Return what reading all layers of a network costs beside a bare pass."""
+    teacher, images = freeze(network(name, device)), torch.rand(batch, 3, *size, device=device)
     layers = bn_layers(teacher)
-
-    def rule(images, numbers=None):
-        return image_distances(teacher, images, layers)
-
-    with tempfile.TemporaryDirectory() as folder:
-        pool = Pool(photographs(folder, count), size)
-        views = torch.stack([pool.view(i) for i in range(count)])
-        seconds = measure({
-            "decode": lambda: [pool[i] for i in range(count)],
-            "score": lambda: [rule(as_input(part, device)).cpu() for part in views.split(BATCH)],
-            "scan": lambda: scan(rule, pool, device)}, cfg.repeats, device)
-    return [row(f"scan {count} JPEGs of 480x640", 1.1, seconds, "scan", ["decode", "score"])]
-
-
-def memory(count, device):
-    """Return the peak memory of a scan of drawn images beside that of a tenth of them."""
-    teacher, peaks = freeze(network("resnet_tiny", device)), {}
-    for n in (count // 10, count):
-        loader = (torch.rand(50, 3, 16, 16, device=device) for _ in range(n // 50))
-        score_pool(lambda images: image_distances(teacher, images), loader)
-        peaks[f"{n:,}"] = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss] * 2  # never falls
-    return [row(f"peak memory of scoring {n:,} images", 1.05, peaks, f"{n:,}", [f"{n // 10:,}"])]
+    what = f"score {batch} x {size[0]}x{size[1]}, {name}, {len(layers)} layers"
+    with torch.no_grad():
+        return row(what, target, measure({
+            "teacher": lambda: teacher(images),
+            "score": lambda: image_distances(teacher, images, layers)}, cfg.repeats, device))
 
 
 def benchmark(cfg, device):
@@ -180,15 +181,12 @@ def benchmark(cfg, device):
     wide, small, batch = ((48, 64), (32, 48), 2) if cfg.quick else ((520, 520), (96, 128), 16)
     rows = []
     if device.type == "cpu":                # memory first: a peak would hide what comes after it
-        rows += memory(1000 if cfg.quick else 100_000, device)
-        distances = torch.rand(1000 if cfg.quick else 1_000_000)
-        seconds = measure({"sample": lambda: sample(distances, 400)}, cfg.repeats, device)
-        rows.append(row(f"choose 400 of {len(distances):,}", 1,
-                        seconds | {"1 s": [1] * cfg.repeats}, "sample", ["1 s"]))
-        rows += scan_of(4 if cfg.quick else 64, small, cfg, device)
-    rows += training(2 if cfg.quick else 32, batch, small, cfg, device)
-    rows += scoring("resnet_small", batch, small, 1.3, cfg, device)
-    return rows + scoring("deeplabv3_resnet50", 2, wide, 1.15, cfg, device)
+        rows = [memory(1000 if cfg.quick else 100_000, device),
+                choosing(1000 if cfg.quick else 1_000_000, cfg, device),
+                scanning(4 if cfg.quick else 64, small, cfg, device)]
+    return [*rows, *training(2 if cfg.quick else 32, batch, small, cfg, device),
+            scoring("resnet_small", batch, small, 1.3, cfg, device),
+            scoring("deeplabv3_resnet50", 2, wide, 1.15, cfg, device)]
 
 
 def table(record):
