@@ -63,8 +63,7 @@ def train_teacher(cfg, out):
     data = open_data(cfg, cfg.split, size)
     held_out = open_data(cfg, cfg.eval_split, size) if cfg.eval_split else None
     if held_out and set(held_out.images) & set(data.images):
-        raise ValueError(f"--split {cfg.split} and --eval-split {cfg.eval_split} share images; "
-                         "name parts that do not")
+        raise ValueError("--split and --eval-split share images; name parts that do not")
 
     torch.manual_seed(cfg.seed)
     model = build_model(cfg.model, len(data.class_names), class_names=data.class_names,
@@ -115,8 +114,7 @@ def builtin_teacher(size=None, device="auto", amp="auto"):
 
 def main(argv=None):
     """Train a teacher from the command line; return its metrics."""
-    return records.in_folder(train_teacher, Config, argv,
-                             "Train a segmentation network on labelled images.")
+    return records.in_folder(train_teacher, Config, argv, __doc__.split("\n")[0])
 
 
 if __name__ == "__main__":

@@ -141,7 +141,6 @@ def dfad(teacher, student, generator, steps, batch_size=16, lr=0.1, amp=None):
                    list(generator.parameters()))           # not the student's
             curve.append((step + 1, loss.item()))
             if not math.isfinite(curve[-1][1]):
-                raise ValueError(f"the L1 loss became {curve[-1][1]} by update {step + 1}; lower "
-                                 "--lr, or use --amp off. Nothing was saved")
+                raise ValueError(f"the loss is {curve[-1][1]} by update {step + 1}; lower --lr")
     student.eval()
     return curve

@@ -43,8 +43,7 @@ from support.training import Training
 class Config(Options):
     repeats: int = option(7, "repetitions of each measurement, after one to warm up", least=2)
     quick: bool = option(False, "tiny sizes, to see that it works")
-    out: str = option("results", "folder for benchmark_cpu.json and benchmark_cuda.json",
-                      kind="FOLDER")
+    out: str = option("results", "folder for the records, one a device", kind="FOLDER")
 
 
 def measure(calls, repeats, device):

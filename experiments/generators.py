@@ -50,8 +50,7 @@ class Config(Options):
                          choices=("noise", "deepinversion", "tiles", "dfad", "oracle"))
     teacher: str | None = option(None, "teacher.pt of train_teacher.py", kind="FILE", required=True)
     out: str | None = option(None, "new folder for what is made", kind="FOLDER", required=True)
-    images: str | None = option(None, "oracle: folder, or CSV, of the real training images; tiles: "
-                                "chosen.csv of a run", kind="PATH")
+    images: str | None = option(None, "oracle: training images; tiles: chosen.csv", kind="PATH")
     grid: int = option(4, "tiles: how many a side; 1 leaves the images whole", least=1)
     count: int = option(100, "noise, deepinversion: number of images")
     steps: int = option(1500, "dfad: student updates; deepinversion: updates of each batch")

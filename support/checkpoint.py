@@ -34,9 +34,8 @@ def atomic(path):
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(f"could not write {path}: {error.strerror or error}; the file that was there "
-                      "before, if any, is intact; free some space, or see who may write "
-                      "there") from error
+        raise OSError(f"could not write {path}: {error.strerror or error}; what was there before, "
+                      "if anything, is intact") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -83,9 +82,8 @@ def load_model(path, name=None, num_classes=None):
     """
     state = load(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a model of this repository (format {FORMAT!r}); "
-                         "train_teacher.py and distill.py write such files, and networks of your "
-                         "own enter through the Python API (README)")
+        raise ValueError(f"{path} is not a model of this repository (format {FORMAT!r}); networks "
+                         "of your own enter through the Python API (README)")
     for what, expected in (("model", name), ("num_classes", num_classes)):
         if expected not in (None, state[what]):
             raise ValueError(f"{path} holds {what} {state[what]}, but {expected} was asked for")

@@ -29,8 +29,7 @@ def load_teacher(cfg):
     elif cfg.teacher_model and cfg.teacher_weights:
         model = build_model(cfg.teacher_model, classes, weights=cfg.teacher_weights)
     else:
-        raise ValueError("no teacher: give --teacher FILE, or --teacher-model NAME together with "
-                         "--teacher-weights DEFAULT")
+        raise ValueError("no teacher: give --teacher, or --teacher-model and --teacher-weights")
     model.image_size = cfg.image_size or model.image_size or DATASETS[cfg.dataset][1]
     return freeze(model).to(pick_device(cfg.device), memory_format=torch.channels_last)
 
@@ -58,15 +57,13 @@ def opened(cfg, out, defaults):
         raise ValueError("--pool is missing; name a folder of unlabelled photographs")
     laps("scenes and teacher")
     if Path(cfg.pool).resolve() in Path(out).resolve().parents and cfg.dataset != "scenes":
-        raise ValueError(f"--out {out} lies in the pool, which would learn from its own figures; "
-                         "name a folder elsewhere")
+        raise ValueError(f"--out {out} lies in the pool; name a folder elsewhere")
     teacher, files = load_teacher(cfg), find_images(cfg.pool)
     size = teacher.image_size
     if cfg.dataset == "none":
         files, others = hold_out(files)
         held_out = [(x, None) for _, x, readable in DataLoader(Pool(others, size)) if readable]
-        print(f"held out: {len(others)} of {len(others) + len(files)} photographs, to measure the "
-              "agreement of student and teacher on")
+        print(f"{len(others)} photographs are held out, to measure agreement with the teacher on")
         if not held_out:
             raise ValueError(f"no image held out for agreement is readable: {others[0]}, for one")
     else:
@@ -79,8 +76,7 @@ def opened(cfg, out, defaults):
     files, twins = leave_out(files, others)
     records.write_csv(out / "skipped.csv", ("reason",), [[why] for why in twins])
     if twins:
-        print(f"warning: {len(twins)} images of the pool are also among those to evaluate on; they "
-              "were left out (skipped.csv)")
+        print(f"warning: {len(twins)} images of the pool, also evaluated on, are left out")
     together.told((cfg, files))
     return cfg, teacher, files, held_out, laps
 
@@ -91,9 +87,8 @@ def tell_choice(found, cfg, out=None):
     n = [effective_sample_size(progressive_weights(weights, p, cfg.schedule)) for p in (0, 1)]
     skipped = len(found["skipped"])
     print(f"1 teacher   {len(found['layers'])} BatchNorm layers read\n"
-          f"2 scored    {len(found['scores']) - skipped} images"
-          + (f"; {skipped} unreadable ones are named in skipped.csv" if skipped else "")
-          + f"\n3 chosen    {len(weights)} ({cfg.sampling}), distance {distances[0]:.4g} to "
+          f"2 scored    {len(found['scores']) - skipped} images, {skipped} more are unreadable\n"
+          f"3 chosen    {len(weights)} ({cfg.sampling}), distance {distances[0]:.4g} to "
           f"{distances[-1]:.4g}, median of the pool {found['scores'].nanmedian():.4g}\n"
           f"4 weighted  {cfg.schedule}; as many as {n[0]:.0f} equally weighted images at the "
           f"start, {n[1]:.0f} at the end")

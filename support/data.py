@@ -51,8 +51,7 @@ def find_images(folder):
     paths = [path for path in Path(folder).rglob("*") if not path.name.startswith(".")]
     found = sorted(path for path in paths if path.suffix.lower() in read)
     if not found:
-        raise FileNotFoundError(f"no image below {folder}; expected files that end in "
-                                f"{', '.join(sorted(read))}")
+        raise FileNotFoundError(f"no image below {folder}; expected {', '.join(sorted(read))}")
     count = Counter(path.suffix.lower() for path in paths)
     unread = sorted((MORE_SUFFIXES - read) & set(count))
     if unread:
@@ -88,8 +87,7 @@ def eight_bits(image):
     scales = [1.0] * (image.mode == "F") + [255, 4095, 65535]
     white = next((scale for scale in scales if x.min() >= 0 and x.max() <= scale), None)
     if white is None:
-        raise ValueError(f"values run from {x.min():g} to {x.max():g}; expected 8, 12 or 16 bits, "
-                         "or 0 to 1")
+        raise ValueError(f"values {x.min():g} to {x.max():g}; expected 8, 12 or 16 bits")
     return Image.fromarray((x * (255 / white) + 0.5).astype(np.uint8))
 
 
@@ -146,8 +144,7 @@ def hold_out(files):
     """Return (files to learn from, files to measure agreement on): every twentieth, at most 200."""
     step = max(20, -(-len(files) // 200))
     if len(files) < step:
-        raise ValueError(f"the pool has {len(files)} images; --dataset none needs at least {step}, "
-                         "because it holds some out to measure agreement on")
+        raise ValueError(f"the pool has {len(files)} images; --dataset none needs at least {step}")
     return [f for i, f in enumerate(files) if i % step], files[::step]
 
 

@@ -31,15 +31,13 @@ model, masks, output = (partial(option, group=g) for g in ("model", "or write ma
 @dataclass(frozen=True)
 class Config(Labels):
     checkpoint: str | None = model(None, "student.pt or teacher.pt", kind="FILE")
-    image_size: tuple[int, int] | None = model(None, "images are resized, whole, to cover this "
-                                               "(default: its own)")
+    image_size: tuple[int, int] | None = model(None, "size to resize to (default: its own)")
     device: str = model("auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
     split: str = labels("val", "part of it; 'val:0016E5,0006R0' keeps those sequences")
     check_data: bool = labels(False, "instead: say what its labels hold, and show some (PNG)")
     images: str | None = masks(None, "any folder of images", kind="FOLDER")
     overlay: bool = masks(False, "also blend each mask into its image")
-    out: str | None = output(None, "file for the metrics (JSON) or for --check-data (PNG), or "
-                             "folder for the masks", kind="PATH")
+    out: str | None = output(None, "file for metrics (JSON) or labels (PNG); folder for masks")
 
 
 def mask_names(files):
@@ -61,8 +59,7 @@ def write_masks(model, folder, out, size, device, overlay=False):
     palette = np.array(class_colours(model.class_names), dtype=np.uint8).flatten().tolist()
     files, written = find_images(folder), 0
     if Path(folder).resolve() in (Path(out).resolve(), *Path(out).resolve().parents):
-        raise ValueError(f"--out {out} lies in the folder of the images, where masks could replace "
-                         "them; name a folder elsewhere")
+        raise ValueError(f"--out {out} lies in the folder of the images; name one elsewhere")
     for path, name in zip(progress(files, "masks"), mask_names(files), strict=True):
         try:
             image = load_image(path)

@@ -23,6 +23,7 @@ import torch
 import torchvision
 from PIL import Image
 from torch.utils.data import Dataset
+from torchvision.models.segmentation import FCN_ResNet50_Weights
 
 from support import scenes
 from support.data import find_images, load_image, to_tensor, whole_view
@@ -32,9 +33,7 @@ from support.progress import progress
 IGNORE = 255
 CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car",
           "pedestrian", "bicyclist")
-VOC = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
-       "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
-       "train", "tvmonitor")
+VOC = ("background", *FCN_ResNet50_Weights.DEFAULT.meta["categories"][1:])
 CITYSCAPES, CITYSCAPES_COLOURS = zip(*(
     (c.name, c.color) for c in torchvision.datasets.Cityscapes.classes
     if c.train_id not in (-1, 255)), strict=True)
@@ -90,8 +89,7 @@ class Labelled(Dataset):
         except Exception as error:
             raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
         if mode not in ("L", "P", "1"):
-            raise ValueError(f"{path} is a {mode} picture; expected an index mask with one class "
-                             "number a pixel (8-bit greyscale or palette)")
+            raise ValueError(f"{path} is a {mode} picture; expected an index mask of 8 bits")
         return Image.fromarray(indices.astype(np.uint8))
 
     def classes(self, mask, index):
@@ -99,9 +97,8 @@ class Labelled(Dataset):
         target = self.table[to_tensor(mask).long()]
         if (target < 0).any():
             bad = sorted(set(np.asarray(mask)[(target < 0).numpy()].tolist()))
-            raise ValueError(f"{self.labels[index]} holds the label values {bad[:8]}, which are "
-                             f"none of the {len(self.class_names)} classes nor void; docs/data.md "
-                             "tells how to name them (classes.txt), and train ids")
+            raise ValueError(f"{self.labels[index]} holds the label values {bad[:8]}, none of its "
+                             f"{len(self.class_names)} classes; see docs/data.md for classes.txt")
         return target
 
 
@@ -114,8 +111,7 @@ def open_labelled(dataset, root, split, size, num_classes=None, download=False):
     Raises FileNotFoundError or ValueError with what was expected.
     """
     if not root or not (download or Path(root).is_dir()):
-        raise FileNotFoundError(f"there is no folder {root}; --data-root must name the {dataset} "
-                                "data (docs/data.md)")
+        raise FileNotFoundError(f"there is no folder {root}; --data-root names the {dataset} data")
     part, _, sequences = split.partition(":")
     pairs, values = LISTINGS[dataset](Path(root), part, download)
     values = (values or DATASETS[dataset][0]                               # names of 0, 1, ...
@@ -123,15 +119,14 @@ def open_labelled(dataset, root, split, size, num_classes=None, download=False):
     names = [name for name in dict.fromkeys(values) if name != VOID]
     if not names or num_classes not in (None, len(names)):
         raise ValueError(f"{dataset} has {len(names) or 'an unknown number of'} classes, but "
-                         f"{num_classes or 'some'} were expected; a classes.txt or --num-classes "
-                         "tells, and the teacher's must be the same")
+                         f"{num_classes or 'a number'} is expected (--num-classes, classes.txt)")
     pairs = [pair for pair in pairs if pair[0].name.startswith(tuple(sequences.split(",")))]
     if not pairs:
         raise ValueError(f"{root} has no image in split {split!r}")
     absent = [path for pair in pairs for path in pair if not path.is_file()]
     if absent:                                          # better now than after hours of training
         raise FileNotFoundError(f"{len(absent)} files of {dataset}, split {split!r}, are missing; "
-                                f"unpack it again; the first is {absent[0]}")
+                                f"the first is {absent[0]}")
     table = torch.full((256,), -1)
     # Official labelIds know no 255: a file with one holds train ids under a wrong name.
     table[IGNORE] = -1 if dataset == "cityscapes" and VOID in values else IGNORE
@@ -154,8 +149,7 @@ def paired(images, labels):
              for path in find_images(images)]
     alone = [image for image, label in pairs if label is None]
     if alone:
-        raise ValueError(f"{len(alone)} images have no label, the first is {alone[0]}; expected a "
-                         f"file of the same name below {labels}")
+        raise ValueError(f"{len(alone)} images have no label, the first is {alone[0]}")
     return pairs
 
 

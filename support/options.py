@@ -128,8 +128,7 @@ def parse_losses(text):
     for term in text.split("+"):
         found = re.fullmatch(r"(?:(\d+(?:\.\d+)?)\*)?(\w+)", term)
         if not found or factors.get(found[2]) != 0:
-            raise ValueError(f"--kd {text!r} is no sum of losses; expected pixelwise, channelwise "
-                             "or both, such as pixelwise+10*channelwise")
+            raise ValueError(f"--kd {text!r} is no sum of losses, such as pixelwise+10*channelwise")
         factors[found[2]] = float(found[1] or 1)
     return tuple(factors.values())
 
@@ -148,8 +147,7 @@ def pick_device(name):
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"torch cannot compute on --device {name} here; use cpu, or auto"
-                         ) from error
+        raise ValueError(f"torch cannot compute on --device {name} here; use cpu") from error
     return device
 
 

@@ -66,8 +66,7 @@ def locked(out):
         except ImportError:                                      # Windows has none
             pass
         except OSError as error:
-            raise ValueError(f"another program is at work in {out}; wait for its end, or choose "
-                             "another --out") from error
+            raise ValueError(f"another program is at work in {out}; wait for it") from error
         yield
 
 
@@ -80,8 +79,7 @@ def configured(config_class, words):
         return config_class(**words)
     out = Path(str(words.get("out", config_class.out)))
     if not (out / "config.json").is_file():
-        raise ValueError(f"--resume: there is no run in {out}; name the folder of an interrupted "
-                         "run with --out")
+        raise ValueError(f"--resume: there is no run in {out}; name the folder of one by --out")
     if (out / "metrics.json").is_file():
         raise ValueError(f"the run in {out} is finished; its result is in metrics.json")
     kept = json.loads((out / "config.json").read_text())
@@ -117,8 +115,7 @@ def open_run(cfg):
     with ExitStack() as stack:
         out = lock_folder(cfg, stack)
         if begun(out) and not cfg.resume:
-            raise ValueError(f"{out} is not empty; choose another --out, or add --resume to go on "
-                             "with the run in it")
+            raise ValueError(f"{out} is not empty; choose another --out, or go on by --resume")
         if not cfg.resume:
             checkpoint.save_json(asdict(cfg), out / "config.json")
         try:
