@@ -35,16 +35,24 @@ MORE_SUFFIXES = {".jfif", ".avif", ".heic", ".heif", ".jp2"}     # read where th
 
 # ---------------------------------------------------------------- files and single images
 
+def read_csv(path):
+    """Return the rows of a table, as text."""
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        return list(csv.reader(file))
+
+
 def find_images(folder):
     """Return the image files anywhere below a folder, sorted. Links to folders are not followed.
 
     Instead of a folder: a CSV whose first column is `file`, such as a run's chosen.csv; its files
     are returned in its order. Raises FileNotFoundError if there is no such folder or no image in
-    it, or if a listed file is missing; ValueError if the CSV has no such column. Warns of kinds of
-    images that cannot be read here.
+    it; ValueError if the CSV has no such column. Warns of kinds of images that cannot be read here.
     """
     if str(folder).lower().endswith(".csv") and Path(folder).is_file():
-        return listed_images(folder)
+        rows = [row for row in read_csv(folder) if row]
+        if len(rows) < 2 or rows[0][0] != "file":
+            raise ValueError(f"{folder} lists no images; expected that its first column is 'file'")
+        return [Path(name) for name, *_ in rows[1:]]
     if not folder or not Path(folder).is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; expected a folder of images")
     read = IMAGE_SUFFIXES | MORE_SUFFIXES & set(Image.registered_extensions())
@@ -59,23 +67,6 @@ def find_images(folder):
         warnings.warn(f"images left out because this Pillow cannot read their kind: {kinds}; "
                       "convert them to JPEG, say", stacklevel=2)
     return found
-
-
-def listed_images(path):
-    """Return the files that the first column, `file`, of a CSV lists; see `find_images`."""
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        semicolon = file.readline().startswith("file;")          # as Excel writes it in Europe
-        file.seek(0)
-        rows = [row for row in csv.reader(file, delimiter=";" if semicolon else ",") if row]
-    if len(rows) < 2 or rows[0][0] != "file":
-        raise ValueError(f"{path} lists no images; expected a CSV whose first column is headed "
-                         "'file', such as a run's chosen.csv")
-    files = [Path(name) for name, *_ in rows[1:]]
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{path} lists {file}, which is not there; a relative path "
-                                    "counts from the working folder")
-    return files
 
 
 def eight_bits(image):

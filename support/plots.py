@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
+from ads_sampler import sample
 from evaluate import as_input, predict
 from priority import progressive_weights
 from regions import foreign_map
@@ -27,16 +28,14 @@ def write(figure, path):
         figure.savefig(temporary, format="png", dpi=110)
 
 
-def strip(figure, pictures, title, titles=()):
-    """Fill a subfigure with one row of pictures (RGB arrays), or of `None` for an empty place."""
+def strip(figure, pictures, title, titles=None):
+    """Fill a subfigure with one row of pictures (RGB arrays)."""
     axes = figure.subplots(1, len(pictures), squeeze=False)[0]
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-    for i, (ax, picture) in enumerate(zip(axes, pictures, strict=True)):
+    for ax, picture, name in zip(axes, pictures, titles or [""] * len(pictures), strict=True):
         ax.set_axis_off()
-        if picture is not None:
-            ax.imshow(picture)
-        if i < len(titles):
-            ax.set_title(titles[i], fontsize=8, pad=2)
+        ax.set_title(name, fontsize=8, pad=2)
+        ax.imshow(picture)
 
 
 def painter(class_names):
@@ -80,7 +79,7 @@ def overlays(data, path, count=4):
 def histogram(ax, scores, chosen):
     """Draw the distances of the pool and, in colour, of the chosen images."""
     d = scores[scores.isfinite()]
-    top = float(d.quantile(0.99)) if len(d) < 2 ** 24 else float(d.max())    # quantile's own limit
+    top = float(np.quantile(d, 0.99))
     bins = np.linspace(float(d.min()), top, 50)
     ax.hist(d.clamp(max=top), bins, color=GREY, label=f"pool, {len(d)} images")
     ax.hist(scores[chosen].clamp(max=top), bins, color=BLUE, label=f"chosen, {len(chosen)}")
@@ -97,26 +96,23 @@ def weight_curves(ax, weights, schedule):
              "farthest": -1}
     for shade, (name, rank) in zip((1, 0.75, 0.5, 0.3), ranks.items(), strict=True):
         ax.plot(100 * progress, curves[:, rank], color=ORANGE, alpha=shade, lw=2, label=name)
-    ax.set(xlabel="training, %", ylabel="weight", ylim=(-0.05, 1.05),
-           title=f"4  Weights ({schedule})")
+    ax.set(xlabel="training, %", ylabel="weight", ylim=(0, 1.05), title=f"4  Weights ({schedule})")
     ax.legend(frameon=False, fontsize=8)
 
 
 def pool_rows(figures, chosen, size, columns=10):
     """Fill two subfigures with the nearest and the farthest images of the pool; return which."""
     d = chosen["scores"]
-    order = torch.where(d.isfinite(), d, torch.inf).argsort(stable=True)
-    order = order[:int(d.isfinite().sum())].tolist()
+    order = sample(d, int(d.isfinite().sum())).tolist()
     shown = order[:columns], order[-columns:]
     for figure, indices, name in zip(figures, shown, ("Nearest", "Farthest"), strict=True):
         paths = [chosen["pool"].files[i] for i in indices]
         pictures = [np.asarray(view(load_image(path, size), size)) for path in paths]
-        strip(figure, pictures + [None] * (columns - len(pictures)), f"{name} in the pool",
-              [f"{d[i]:.3g}" for i in indices])
+        strip(figure, pictures, f"{name} in the pool", [f"{d[i]:.3g}" for i in indices])
     return shown
 
 
-def heat(figure, teacher, chosen, indices, columns=10):
+def heat(figure, teacher, chosen, indices):
     """Fill a subfigure with the maps of `regions.py` over images of the pool, as they were scored.
     """
     images = as_input(torch.stack([chosen["pool"].view(i) for i in indices]),
@@ -124,8 +120,7 @@ def heat(figure, teacher, chosen, indices, columns=10):
     share = foreign_map(teacher, images, chosen["layers"]).clamp(max=1).unsqueeze(1)
     grey, red = images.mean(dim=1, keepdim=True), images.new_tensor([0.8, 0, 0]).view(1, 3, 1, 1)
     pictures = ((1 - share) * grey + share * red).permute(0, 2, 3, 1).cpu().numpy()
-    strip(figure, [*pictures, *[None] * (columns - len(pictures))],
-          "and which of their regions are foreign (red: 1 and above, regions.py)")
+    strip(figure, pictures, "and which of their regions are foreign (red: 1 and above, regions.py)")
 
 
 def pool_check(chosen, size, teacher, path):
@@ -153,14 +148,14 @@ def story(chosen, size, schedule, teacher, student, data, path):
     data: labelled loader, or a list of (images, None). Masks are drawn in the data set's colours.
     """
     paint, device = painter(teacher.class_names), next(student.parameters()).device
-    rows = {"input": [], "truth": [], "teacher": [], "student": []}
+    rows = {"6  Input": [], "Truth": [], "Teacher": [], "Student": []}
     for image, target in examples(data):
         image = as_input(image, device)
-        rows["input"].append(image[0].permute(1, 2, 0).cpu().numpy())
+        rows["6  Input"].append(image[0].permute(1, 2, 0).cpu().numpy())
         shape = image.shape[-2:] if target is None else target.shape[-2:]
         if target is not None:
-            rows["truth"].append(paint(target[0]))
-        for name, model in (("teacher", teacher), ("student", student)):
+            rows["Truth"].append(paint(target[0]))
+        for name, model in (("Teacher", teacher), ("Student", student)):
             with torch.inference_mode():
                 rows[name].append(paint(predict(model, image, shape)[0]))
     rows = {name: pictures for name, pictures in rows.items() if pictures}
@@ -173,5 +168,5 @@ def story(chosen, size, schedule, teacher, student, data, path):
     weight_curves(right, chosen["weights"], schedule)
     pool_rows(parts[1:3], chosen, size)
     for part, (name, pictures) in zip(parts[3:], rows.items(), strict=True):
-        strip(part, pictures, f"6  {name.capitalize()}" if name == "input" else name.capitalize())
+        strip(part, pictures, name)
     write(figure, path)

@@ -24,11 +24,11 @@ import torchvision
 
 from evaluate import named_iou
 from support import checkpoint, together
+from support.data import read_csv
 from support.options import given
 
 # Options that say where or how a run is computed, not what it computes.
 NEUTRAL = {"out", "resume", "dry_run", "device", "workers", "download"}
-TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}      # file names that are not UTF-8, too
 
 
 def differences(options, recorded):
@@ -142,15 +142,10 @@ def in_folder(run, config_class, argv, description):
 
 # ---------------------------------------------------------------- tables
 
-def read_csv(path):
-    """Return the rows of a table, as text."""
-    with open(path, newline="", **TEXT) as file:
-        return list(csv.reader(file))
-
-
 def write_csv(path, header, rows):
     """Write a table."""
-    with checkpoint.atomic(path) as temporary, open(temporary, "w", newline="", **TEXT) as file:
+    with checkpoint.atomic(path) as temporary, open(
+            temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([header, *rows])
 
 

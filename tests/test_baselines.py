@@ -65,14 +65,11 @@ def test_a_csv_gives_back_its_files_in_its_order(pool_folder, tmp_path):
     assert find_images(str(tmp_path / "chosen.csv")) == chosen
 
 
-@pytest.mark.parametrize(("text", "error", "message"), [
-    ("file\n00.png\ngone.png\n", FileNotFoundError, "lists gone.png, which is not there"),
-    ("distance,file\n1,00.png\n", ValueError, "first column is headed 'file'"),
-    ("file,distance\n", ValueError, "lists no images"), ("", ValueError, "lists no images")])
-def test_a_csv_that_lists_no_images_is_refused(pool_folder, monkeypatch, text, error, message):
+@pytest.mark.parametrize("text", ["distance,file\n1,00.png\n", "file,distance\n", ""])
+def test_a_csv_that_lists_no_images_is_refused(pool_folder, monkeypatch, text):
     monkeypatch.chdir(pool_folder)
     (pool_folder / "list.csv").write_text(text)
-    with pytest.raises(error, match=message):
+    with pytest.raises(ValueError, match="lists no images; .* first column is 'file'"):
         find_images("list.csv")
     with pytest.raises(FileNotFoundError, match="there is no folder nowhere.csv"):
         find_images("nowhere.csv")

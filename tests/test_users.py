@@ -147,9 +147,9 @@ def test_a_refused_file_is_not_advertised_with_torchs_way_around_the_safeguard(t
     assert "weights_only" not in str(caught.value)
 
 
-def test_a_list_of_files_may_come_from_excel(tmp_path):
+def test_a_list_of_files_may_come_from_windows(tmp_path):
     path = write(tmp_path / "a.jpg", coordinates(40, 30))
-    (tmp_path / "list.csv").write_text(f"\ufefffile;note\r\n{path};x\r\n", encoding="utf-8")
+    (tmp_path / "list.csv").write_text(f"\ufefffile,note\r\n{path},x\r\n", encoding="utf-8")
     assert find_images(tmp_path / "list.csv") == [path]
 
 
