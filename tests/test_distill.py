@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections import OrderedDict
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from conftest import with_random_statistics
 from PIL import Image
 from torch import nn
+from tqdm import tqdm
 
 import distill
 import train_teacher
@@ -177,6 +179,7 @@ def kill_after(calls, work):
                 os.kill(os.getpid(), signal.SIGKILL)
         code = 1
         try:
+            tqdm.set_lock(threading.RLock())    # its own is shared with us, and dies held
             sys.setprofile(count)
             work()
             sys.setprofile(None)
