@@ -34,8 +34,8 @@ def atomic(path):
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(f"could not write {path}: {error.strerror or error}; what was there before, "
-                      "if anything, is intact") from error
+        raise OSError(f"could not write {path}: {error.strerror or error}; free some space, or "
+                      "see who may write there; what was there is intact") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -76,7 +76,8 @@ def opened(cfg, out, defaults):
     files, twins = leave_out(files, others)
     records.write_csv(out / "skipped.csv", ("reason",), [[why] for why in twins])
     if twins:
-        print(f"warning: {len(twins)} images of the pool, also evaluated on, are left out")
+        print(f"warning: {len(twins)} images of the pool, also evaluated on, are left out; "
+              "skipped.csv names them")
     together.told((cfg, files))
     return cfg, teacher, files, held_out, laps
 
@@ -87,7 +88,7 @@ def tell_choice(found, cfg, out=None):
     n = [effective_sample_size(progressive_weights(weights, p, cfg.schedule)) for p in (0, 1)]
     skipped = len(found["skipped"])
     print(f"1 teacher   {len(found['layers'])} BatchNorm layers read\n"
-          f"2 scored    {len(found['scores']) - skipped} images, {skipped} more are unreadable\n"
+          f"2 scored    {len(found['scores']) - skipped} images, {skipped} unreadable\n"
           f"3 chosen    {len(weights)} ({cfg.sampling}), distance {distances[0]:.4g} to "
           f"{distances[-1]:.4g}, median of the pool {found['scores'].nanmedian():.4g}\n"
           f"4 weighted  {cfg.schedule}; as many as {n[0]:.0f} equally weighted images at the "

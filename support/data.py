@@ -78,7 +78,7 @@ def eight_bits(image):
     scales = [1.0] * (image.mode == "F") + [255, 4095, 65535]
     white = next((scale for scale in scales if x.min() >= 0 and x.max() <= scale), None)
     if white is None:
-        raise ValueError(f"values {x.min():g} to {x.max():g}; expected 8, 12 or 16 bits")
+        raise ValueError(f"values {x.min():g} to {x.max():g}; expected 8, 12, 16 bits, or 0 to 1")
     return Image.fromarray((x * (255 / white) + 0.5).astype(np.uint8))
 
 
