@@ -140,7 +140,7 @@ def main(argv=None):
     seconds, processor_seconds = laps["making"]
     record = {"seconds": seconds, "processor_seconds": processor_seconds,
               "config": dataclasses.asdict(cfg),
-              "environment": records.environment(device)}
+              "environment": records.environment(device, cfg.amp)}
     save_json(record, out / "record.json")
     print(f"{cfg.method}: {seconds:.0f} s, written to {out}")
     return record

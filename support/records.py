@@ -25,7 +25,7 @@ import torchvision
 from evaluate import named_iou
 from support import checkpoint, together
 from support.data import read_csv
-from support.options import given
+from support.options import given, pick_amp
 
 # Options that say where or how a run is computed, not what it computes.
 NEUTRAL = {"out", "resume", "dry_run", "device", "workers", "download"}
@@ -179,14 +179,15 @@ class Laps(dict):
         self[stage], self.last = (now[0] - self.last[0], now[1] - self.last[1]), now
 
 
-def environment(device):
-    """Return what a number depends on beside the config: versions, hardware, commit."""
+def environment(device, amp="auto"):
+    """Return what a number depends on beside the config: versions, hardware, precision, commit."""
     processor = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
     failed, commit = subprocess.getstatusoutput(
         f'git -C "{Path(__file__).parent}" rev-parse --short HEAD')       # no git: failed, too
     return {"python": platform.python_version(), "torch": torch.__version__,
             "torchvision": torchvision.__version__, "pillow": PIL.__version__,
             "threads": torch.get_num_threads(), "commit": None if failed else commit,
+            "precision": str(pick_amp(amp, device) or torch.float32),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda"
             else f"{processor} CPU"}
 
@@ -210,7 +211,7 @@ def metrics(cfg, results, teacher, found, laps):
         "seconds": sum(wall for wall, _ in laps.values()),
         "stage_seconds": {name: wall for name, (wall, _) in laps.items()},
         "processor_seconds": {name: processor for name, (_, processor) in laps.items()},
-        "config": asdict(cfg), "environment": environment(teacher.mean.device)}
+        "config": asdict(cfg), "environment": environment(teacher.mean.device, cfg.amp)}
 
 
 def closing(metrics, out):

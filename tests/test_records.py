@@ -199,6 +199,8 @@ def test_the_environment_is_recorded_with_and_without_git(monkeypatch, tmp_path)
     known = environment(torch.device("cpu"))
     assert known["torch"] == torch.__version__ and known["device"].endswith("CPU")
     json.dumps(known)
+    assert environment(torch.device("cpu"), "bfloat16")["precision"] == "torch.bfloat16"
+    assert environment(torch.device("cpu"), "off")["precision"] == "torch.float32"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert environment(torch.device("cpu")) == {**known, "commit": None}
 
