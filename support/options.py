@@ -78,10 +78,10 @@ class Running(Options):
     resume: bool = running(False, "go on where the interrupted run in --out stopped")
 
 
-def add_option(group, f):
+def add_option(group, f, default):
     """Give an argparse group the option that a dataclass field declares."""
     meta, kind = f.metadata, kind_of(f)
-    how = {"help": meta["help"], "required": meta["required"]}
+    how = {"help": meta["help"], "required": meta["required"], "default": default}
     if f.default is not None and f.default is not False and f.default != "":
         how["help"] += f" (default: {f.default})"
     if kind is bool:
@@ -96,24 +96,21 @@ def add_option(group, f):
     group.add_argument(flag(f.name), **how)
 
 
-def given(config_class, argv, description):
-    """Return {name: value} of the options that the words `argv` (None: sys.argv) name."""
-    parser = argparse.ArgumentParser(
-        description=description, usage="%(prog)s [options]", argument_default=argparse.SUPPRESS,
-        allow_abbrev=False)
+def parse(config_class, argv, description, kept=None):
+    """Return a `config_class` made of the words `argv` (None: sys.argv).
+
+    kept: {name: value} of a record, for the options that the words do not name.
+    """
+    parser = argparse.ArgumentParser(description=description, usage="%(prog)s [options]",
+                                     allow_abbrev=False)
     groups = {"options": parser}
     for f in fields(config_class):
         name = f.metadata["group"]
         if name not in groups:
             groups[name] = parser.add_argument_group(name)
-        add_option(groups[name], f)
-    words = vars(parser.parse_args(argv))
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in words.items()}
-
-
-def parse(config_class, argv, description):
-    """Return a `config_class` made of the words `argv` (None: sys.argv)."""
-    return config_class(**given(config_class, argv, description))
+        add_option(groups[name], f, (kept or {}).get(f.name, f.default))
+    values = vars(parser.parse_args(argv))
+    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def filled(cfg, **defaults):

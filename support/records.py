@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from time import perf_counter, process_time
@@ -25,7 +25,7 @@ import torchvision
 from evaluate import named_iou
 from support import checkpoint, together
 from support.data import read_csv
-from support.options import given, pick_amp
+from support.options import parse, pick_amp
 
 # Options that say where or how a run is computed, not what it computes.
 NEUTRAL = {"out", "resume", "dry_run", "device", "workers", "download"}
@@ -70,26 +70,26 @@ def locked(out):
         yield
 
 
-def configured(config_class, words):
-    """Return the config that options {name: value} give; with resume, the one in the folder out.
+def configured(config_class, argv, description):
+    """Return the config that the words `argv` give; with --resume, the one in the folder --out.
 
     Raises ValueError if there is no run to go on with there, or one that had other options.
     """
-    if not words.get("resume"):
-        return config_class(**words)
-    out = Path(str(words.get("out", config_class.out)))
+    cfg = parse(config_class, argv, description)
+    if not cfg.resume:
+        return cfg
+    out = Path(str(cfg.out))
     if not (out / "config.json").is_file():
         raise ValueError(f"--resume: there is no run in {out}; name the folder of one by --out")
     if (out / "metrics.json").is_file():
         raise ValueError(f"the run in {out} is finished; its result is in metrics.json")
     kept = json.loads((out / "config.json").read_text())
-    changed = differences(words, kept)
+    cfg = parse(config_class, argv, description, {**kept, "resume": True})
+    changed = differences(asdict(cfg), asdict(config_class()) | kept)
     if changed:
         raise ValueError(f"the run in {out} has another config ({'; '.join(changed)}); resume it "
                          "with its own options, or choose another --out")
-    known = {f.name for f in fields(config_class)}
-    return config_class(**{k: tuple(v) if isinstance(v, list) else v
-                           for k, v in (kept | words).items() if k in known})
+    return cfg
 
 
 def lock_folder(cfg, stack, root=Path("runs")):
@@ -135,7 +135,7 @@ def in_folder(run, config_class, argv, description):
     with together.joined() as rank:
         if rank:
             return run(None, None)
-        cfg = configured(config_class, given(config_class, argv, description))
+        cfg = configured(config_class, argv, description)
         with open_run(cfg) as out:
             return run(cfg, out)
 

@@ -45,8 +45,8 @@ def started(cfg):
     return out
 
 
-def resumed(out, **words):
-    return configured(Config, {"resume": True, "out": str(out), **words})
+def resumed(out, *words):
+    return configured(Config, ["--resume", "--out", str(out), *words], "")
 
 
 # ---------------------------------------------------------------- folders of runs
@@ -107,7 +107,7 @@ def test_a_run_is_not_resumed_where_there_is_none_or_a_finished_one(tmp_path):
         with pytest.raises(ValueError, match=f"--resume: there is no run in {out}; name the"):
             resumed(out)
     with pytest.raises(ValueError, match="--resume: there is no run in None; name the folder"):
-        configured(Config, {"resume": True})
+        configured(Config, ["--resume"], "")
     started(Config(out=str(tmp_path / "done")))
     (tmp_path / "done" / "metrics.json").touch()
     with pytest.raises(ValueError, match="is finished; its result is in metrics.json"):
@@ -117,15 +117,15 @@ def test_a_run_is_not_resumed_where_there_is_none_or_a_finished_one(tmp_path):
 def test_resuming_with_another_config_names_what_changed_and_keeps_the_record(tmp_path):
     started(Config(out=str(tmp_path)))
     with pytest.raises(ValueError, match=r"\(steps: 900, now 10; size: None, now \[8, 9\]\)"):
-        resumed(tmp_path, steps=10, size=(8, 9))
-    assert resumed(tmp_path, steps=900).steps == 900             # said again, it does not differ
+        resumed(tmp_path, "--steps", "10", "--size", "8", "9")
+    assert resumed(tmp_path, "--steps", "900").steps == 900      # said again, it does not differ
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == 900
 
 
 def test_where_and_how_a_run_is_computed_may_change(tmp_path):
     cfg = Config(out=str(tmp_path))
     started(cfg)
-    other = resumed(f"{tmp_path}/", workers=9, device="cpu")
+    other = resumed(f"{tmp_path}/", "--workers", "9", "--device", "cpu")
     assert (other.workers, other.device) == (9, "cpu")
     assert digest(other) == digest(cfg) != digest(dataclasses.replace(cfg, seed=1))
     recorded = dataclasses.asdict(cfg)
