@@ -4,8 +4,8 @@ Whole runs and the other programs go through pretend_gpu.py, mixed precision too
 be those of the CPU, and mistakes planted in each step must be found.
 
 Not covered: backward passes, which need a real GPU (gradients of 1 stand in); pinned memory and
-loading processes; float16; what is asked of the hardware; files of weights; figures; the oracle
-(`generators.measured` copies a network); export.py's and the benchmark's clocks.
+loading processes; float16; what is asked of the hardware; files of weights; figures;
+export.py's and the benchmark's clocks.
 """
 
 import importlib
