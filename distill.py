@@ -31,7 +31,7 @@ from kd_loss import channelwise_kd, pixelwise_kd
 from models import MODELS, build_model, freeze, wrap
 from priority import SCHEDULES, progressive_weights, sample_weights, weighted_loss
 from support import checkpoint, command, records
-from support.answers import answers_of, keep
+from support.answers import answers_of, keep, resized
 from support.colours import private_colours
 from support.data import Batches, Pool, Views, find_images
 from support.labelled import DATASETS, Labels, labels
@@ -107,7 +107,7 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
         if answers is None:                                # slots: which of the chosen files (B,)
             answers = ask(images)                                                  # (B, K, h, w)
         with trainer.precision():
-            logits = student(images)                                               # (B, K, h, w)
+            logits = resized(student(images), logit_size)                          # (B, K, h, w)
         losses = (pixel_weight * pixelwise_kd(logits, answers)
                   + channel_weight * channelwise_kd(logits, answers))              # (B,), float32
         now = progressive_weights(weights, progress, cfg.schedule)                 # (budget,)

@@ -2,11 +2,11 @@
 
 Idea
     A chosen photograph has a fixed number of views, so that the teacher, by far the dearest part of
-    a training step, need not be asked again. It answers at the student's resolution and its answers
-    are kept in half precision: in memory while they fit, else in a file.
+    a training step, need not be asked again. Its answers are kept at the resolution at which the
+    two are compared, in half precision: in memory while they fit, else in a file.
 
 Symbols
-    N chosen files, V views of each, B images, K classes, H W pixels, h w of the student's logits.
+    N chosen files, V views of each, B images, K classes, H W pixels, h w of what is compared.
 
 Use it
     ask = partial(answers_of, teacher, like=(24, 32))
@@ -31,6 +31,24 @@ from support.progress import progress
 MEMORY = 4 * 2 ** 30      # bytes of views and answers that are kept in memory
 
 
+def common_size(teacher, student, image):
+    """Return (h, w) at which to compare logits of two sizes (h, w), for images of size (H, W).
+
+    The student's own: finer costs more and teaches no more. But one that is coarser than a quarter
+    of the image (DeepLab's) meets the teacher half-way, at the teacher's or at a quarter: compared
+    at stride 16 it learned much less (README).
+    """
+    return tuple(max(s, min(t, -(-side // 4)))
+                 for t, s, side in zip(teacher, student, image, strict=True))
+
+
+def resized(logits, size):
+    """Return logits (B, K, ., .) at `size` = (h, w): as they are, else by bilinear weights."""
+    if logits.shape[-2:] == torch.Size(size):
+        return logits
+    return F.interpolate(logits.float(), size, mode="bilinear", antialias=True)
+
+
 @torch.no_grad()
 def answers_of(teacher, images, like, precision=None):
     """Return the teacher's logits at `like` = (h, w), float32: (B, 3, H, W) -> (B, K, h, w).
@@ -38,10 +56,7 @@ def answers_of(teacher, images, like, precision=None):
     precision: context in which it computes.
     """
     with precision or nullcontext():
-        logits = teacher(images).float()
-    if logits.shape[-2:] == torch.Size(like):
-        return logits
-    return F.interpolate(logits, like, mode="bilinear", antialias=True)
+        return resized(teacher(images).float(), like)
 
 
 def half_tensor(shape, folder):

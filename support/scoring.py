@@ -25,6 +25,7 @@ from ads_sampler import score_pool
 from bn_stats import capture_bn_inputs, run_until
 from evaluate import as_input
 from support import together
+from support.answers import common_size
 from support.checkpoint import atomic, fingerprint
 from support.data import loaded
 from support.progress import progress
@@ -35,7 +36,7 @@ STORE = Path("runs/scores")     # where finished scores are kept for later runs
 
 @torch.no_grad()
 def look_over(teacher, student, layers, pool, cfg):
-    """Return (h, w) of the student's logits; ValueError for what would only show after the scan.
+    """Return (h, w) to compare logits at; ValueError for what would only show after the scan.
 
     That is a budget larger than the pool, networks of different classes or of one, and a teacher
     that is not finite or was never trained.
@@ -61,7 +62,7 @@ def look_over(teacher, student, layers, pool, cfg):
         raise ValueError(f"the teacher has {answers.shape[1]} output channels and the student "
                          f"{logits.shape[1]}; expected one for each of two or more classes in "
                          "both, background included")
-    return tuple(logits.shape[-2:])
+    return common_size(answers.shape[-2:], logits.shape[-2:], pool.size)
 
 
 def score_key(teacher, layers, pool, cfg):

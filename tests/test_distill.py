@@ -381,6 +381,22 @@ def test_networks_of_ones_own_enter_through_the_python_api(pool_folder, foreign)
     assert identical(memory, teacher.state_dict()) and not teacher.training
 
 
+def test_a_coarse_student_meets_its_teacher_at_the_teachers_size(pool_folder, monkeypatch):
+    teacher = with_random_statistics(build_model("resnet_tiny", 7))
+    seen, loss = [], distill.pixelwise_kd
+
+    def noted(logits, answers):
+        seen.append((logits.shape[2:], answers.shape[2:], logits.dtype))
+        return loss(logits, answers)
+
+    monkeypatch.setattr(distill, "pixelwise_kd", noted)
+    for views in (2, 0):
+        student = build_model("deeplabv3_mobilenet_v2", 7)           # its logits: 3 x 5
+        distill.distill(teacher, student, pool_folder, (40, 70), distill.Config(
+            budget=4, steps=1, batch_size=4, views=views, amp="bfloat16"))
+    assert seen == [((10, 18), (10, 18), torch.float32)] * 2
+
+
 def test_the_python_api_takes_a_list_of_files_and_keeps_a_record_to_go_on_from(
         pool_folder, tmp_path, monkeypatch):
     files = [str(path) for path in sorted(pool_folder.iterdir())[:12]]

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import support.answers as program
-from support.answers import Kept, answers_of, keep
+from support.answers import Kept, answers_of, common_size, keep, resized
 from support.data import Batches, Views
 from support.labelled import open_labelled
 
@@ -188,6 +188,25 @@ def test_no_more_views_are_answered_than_will_be_seen(files):
     assert keep(ask, Views(files, (20, 30), 0), Cfg, torch.device("cpu")).count == 3      # of 20/7
     Cfg.views = 0
     assert keep(ask, Views(files, (20, 30), 0), Cfg, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(("teacher_size", "student_size", "expected"), [
+    ((16, 24), (16, 24), (16, 24)), ((8, 12), (16, 24), (16, 24)), ((2, 3), (4, 6), (4, 6)),
+    ((64, 96), (16, 24), (16, 24)), ((64, 96), (64, 96), (64, 96)),      # the student's own, or,
+    ((16, 24), (4, 6), (16, 24)), ((8, 12), (4, 6), (8, 12)),            # if it is coarse, the
+    ((64, 96), (4, 6), (16, 24))])                                       # teacher's, or a quarter
+def test_logits_are_compared_at_the_students_size_unless_it_is_coarse(teacher_size, student_size,
+                                                                      expected):
+    assert common_size(teacher_size, student_size, (64, 96)) == expected
+
+
+def test_coarse_logits_get_their_gradient_through_the_finer_ones():
+    coarse = torch.rand(2, 3, 2, 3, dtype=torch.bfloat16).requires_grad_()
+    fine = resized(coarse, (8, 12))
+    assert fine.shape == (2, 3, 8, 12) and fine.dtype == torch.float32
+    fine.sum().backward()
+    torch.testing.assert_close(coarse.grad.float(), torch.full((2, 3, 2, 3), 16.0))
+    assert resized(coarse, (2, 3)) is coarse
 
 
 def test_answers_are_the_teachers_logits_at_the_students_stride():
