@@ -22,17 +22,15 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import distill
-from experiments.tables import NEAREST, T95, draw, read, table, teachers
+from experiments.tables import T95, draw, read, table, teachers
 from support.checkpoint import save_json
 from support.options import Options, one_sentence, option, parse
 from support.records import begun, differences, read_csv
-from train_teacher import builtin_teacher
 
 UNIFORM, KL, COLOURS = "--schedule uniform", "--metric kl", "--align transfer-first"
 LOSS = "--kd pixelwise+10*channelwise"
@@ -101,9 +99,7 @@ class Config(Options):
     preset: str = option("scenes", "rows of the table", choices=tuple(PRESETS))
     rows: str = option("", "only rows that this regular expression is found in")
     common: str = option("", "options of distill.py that all rows share, in quotes")
-    reference: str = option(NEAREST, "second row to compare with, beside the first")
     seeds: int = option(3, "number of seeds, from 0 on")
-    jobs: int = option(1, "runs at a time", least=1)
     runs: str | None = option(None, "folder of the single runs (default: named after --out)")
     out: str = option("results/compare.json", "the record that the table is made from")
     table: str | None = option(None, "instead: print the table of this record, or of these, in "
@@ -166,31 +162,21 @@ def collect(cfg):
         raise ValueError(f"nothing to run: expected 1 to {max(T95)} --seeds and --rows that match "
                          f"some of {', '.join(PRESETS[cfg.preset])}; got {cfg.seeds} and "
                          f"{cfg.rows!r}")
-    shared = parse(distill.Config, common, "")
-    if shared.dataset == "none":
+    if parse(distill.Config, common, "").dataset == "none":
         raise ValueError("a table of mIoU needs labels; give another --dataset than none")
-    if shared.dataset == "scenes":                   # once, not by several runs at the same time
-        builtin_teacher(shared.image_size, shared.device, shared.amp)
-    jobs = [(name, seed) for seed in range(cfg.seeds) for name in rows]
-
-    def work(job):
-        name, seed = job
+    runs_folder = Path(cfg.runs or f"runs/{Path(cfg.out).stem}")
+    # Folders differ from machine to machine; their last part says what they hold.
+    said = " ".join(Path(word).name if "/" in word else word for word in common)
+    record = {"common": said, "runs": []}
+    for seed, name in product(range(cfg.seeds), rows):
         folder = runs_folder / "".join(c if c.isalnum() else "-" for c in f"{name} s{seed}")
         metrics = run_once([*rows[name], "--seed", str(seed)], folder)
         print(f"{name:40s} seed {seed}   mIoU {100 * metrics['student_miou']:.1f} %", flush=True)
         pool = metrics.pop("config")["pool"]                # the rest of it is in the options
         metrics["processor_seconds"] |= making(pool)
-        return {"row": name, "seed": seed, "options": PRESETS[cfg.preset][name], **metrics,
-                "picks": picks(folder, pool)}
-
-    runs, runs_folder = [], Path(cfg.runs or f"runs/{Path(cfg.out).stem}")
-    # Folders differ from machine to machine; their last part says what they hold.
-    said = " ".join(Path(word).name if "/" in word else word for word in common)
-    with ThreadPoolExecutor(cfg.jobs) as pool:
-        for run in pool.map(work, jobs):
-            runs.append(run)
-            record = {"common": said, "reference": cfg.reference, "runs": runs}
-            save_json(record, cfg.out)                      # what is done is not lost
+        record["runs"].append({"row": name, "seed": seed, "options": PRESETS[cfg.preset][name],
+                               **metrics, "picks": picks(folder, pool)})
+        save_json(record, cfg.out)                          # what is done is not lost
     return record
 
 

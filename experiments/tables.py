@@ -105,13 +105,12 @@ def markdown(header, lines):
 def table(record):
     """Return the record as a Markdown table: a line per row, seeds averaged."""
     rows, lines = by_row(record), []
-    reference = record.get("reference", NEAREST)
     counts = {len(runs) for runs in rows.values()}
     seeds = f": {max(counts)}" if len(counts) == 1 else ""
     of_size = " of its size" if len({parts(row)[1] for row in rows}) > 1 else ""
     for row, runs in rows.items():
         first = next(others for other, others in rows.items() if parts(other)[1] == parts(row)[1])
-        second, miou = beside(row, rows, reference), percent(runs)
+        second, miou = beside(row, rows, NEAREST), percent(runs)
         more = (kept(runs, beside(row, rows, ORIGINAL)), percent(runs, "agreement_miou"),
                 trained(runs))
         picks = Counter(next(iter(runs.values()))["picks"])
@@ -123,7 +122,7 @@ def table(record):
             *(f"{mean(values):.0f}" if values else "" for values in more),
             ", ".join(f"{kind} {n}" for kind, n in picks.most_common(5))])
     return markdown([f"row (seeds{seeds})", "mIoU %",
-                     f"difference to the first row{of_size}, 95 % interval", f"to {reference}",
+                     f"difference to the first row{of_size}, 95 % interval", f"to {NEAREST}",
                      "of original, %", "agreement, %", "processor s", "chosen"], lines)
 
 
