@@ -21,7 +21,6 @@ import os
 import signal
 import time
 import warnings
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +28,8 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
-MORE_SUFFIXES = {".jfif", ".avif", ".heic", ".heif", ".jp2"}     # read where this Pillow can
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm",
+                  ".jfif", ".avif", ".heic", ".heif", ".jp2")
 
 
 # ---------------------------------------------------------------- files and single images
@@ -46,7 +45,7 @@ def find_images(folder):
 
     Instead of a folder: a CSV whose first column is `file`, such as a run's chosen.csv; its files
     are returned in its order. Raises FileNotFoundError if there is no such folder or no image in
-    it; ValueError if the CSV has no such column. Warns of kinds of images that cannot be read here.
+    it; ValueError if the CSV has no such column.
     """
     if str(folder).lower().endswith(".csv") and Path(folder).is_file():
         rows = [row for row in read_csv(folder) if row]
@@ -55,31 +54,11 @@ def find_images(folder):
         return [Path(name) for name, *_ in rows[1:]]
     if not folder or not Path(folder).is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; expected a folder of images")
-    read = IMAGE_SUFFIXES | MORE_SUFFIXES & set(Image.registered_extensions())
-    paths = [path for path in Path(folder).rglob("*") if not path.name.startswith(".")]
-    found = sorted(path for path in paths if path.suffix.lower() in read)
+    found = sorted(path for path in Path(folder).rglob("*")
+                   if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
     if not found:
-        raise FileNotFoundError(f"no image below {folder}; expected {', '.join(sorted(read))}")
-    count = Counter(path.suffix.lower() for path in paths)
-    unread = sorted((MORE_SUFFIXES - read) & set(count))
-    if unread:
-        kinds = ", ".join(f"{count[suffix]} {suffix}" for suffix in unread)
-        warnings.warn(f"images left out because this Pillow cannot read their kind: {kinds}; "
-                      "convert them to JPEG, say", stacklevel=2)
+        raise FileNotFoundError(f"no image below {folder}; expected {', '.join(IMAGE_SUFFIXES)}")
     return found
-
-
-def eight_bits(image):
-    """Return a greyscale picture of 12, 16 or 32 bits or of floats as one of 8 bits.
-
-    Its largest value tells what white is: 1.0 (floats), 255, 4095 or 65535. ValueError otherwise.
-    """
-    x = np.asarray(image, dtype=np.float64)
-    scales = [1.0] * (image.mode == "F") + [255, 4095, 65535]
-    white = next((scale for scale in scales if x.min() >= 0 and x.max() <= scale), None)
-    if white is None:
-        raise ValueError(f"values {x.min():g} to {x.max():g}; expected 8, 12, 16 bits, or 0 to 1")
-    return Image.fromarray((x * (255 / white) + 0.5).astype(np.uint8))
 
 
 def load_image(path, at_least=None, upright=True):
@@ -99,8 +78,9 @@ def load_image(path, at_least=None, upright=True):
                 image.draft("RGB", (2 * max(at_least), 2 * max(at_least)))
             if upright:
                 ImageOps.exif_transpose(image, in_place=True)       # a copy of a large one is dear
-            # convert("RGB") would clip what is beyond 8 bits to white.
-            return (eight_bits(image) if image.mode[0] in "IF" else image).convert("RGB")
+            if image.mode[0] in "IF":             # convert("RGB") would clip them to white
+                raise ValueError("more than 8 bits a pixel; convert it to 8")
+            return image.convert("RGB")
     except Exception as error:                      # decoders raise nearly anything on bad input
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
 

@@ -51,8 +51,6 @@ PALETTE.putpalette([9, 9, 9, 1, 2, 3])
     (Image.new("1", (8, 8), 1), "png", (255, 255, 255)),
     (Image.new("RGBA", (8, 8), (10, 20, 30, 0)), "png", (10, 20, 30)),
     (Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "jpg", (0, 255, 255)),
-    (Image.fromarray(np.full((8, 8), 0x8040, dtype=np.uint16)), "png", (128, 128, 128)),
-    (Image.fromarray(np.full((8, 8), 0x8040, dtype=np.uint16)), "tif", (128, 128, 128)),
     (PALETTE, "png", (1, 2, 3))])
 def test_every_kind_of_picture_becomes_rgb(tmp_path, picture, suffix, expected):
     loaded = load_image(write(tmp_path / f"a.{suffix}", picture))
