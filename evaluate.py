@@ -58,12 +58,11 @@ def mean_iou(matrix):
 
 
 def summary(matrix):
-    """Return the dict of metrics of a confusion matrix; frequencies are those in the truth."""
+    """Return the dict of metrics of a confusion matrix."""
     miou, iou = mean_iou(matrix)
     total = max(matrix.sum().item(), 1)
     return {"miou": miou.item(), "iou": iou, "matrix": matrix,
-            "pixel_accuracy": matrix.diagonal().sum().item() / total,
-            "frequency_weighted_iou": (matrix.sum(dim=1) / total * iou).nansum().item()}
+            "pixel_accuracy": matrix.diagonal().sum().item() / total}
 
 
 @torch.inference_mode()

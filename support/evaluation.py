@@ -53,8 +53,8 @@ def write_masks(model, folder, out, size, device, overlay=False):
     """Write an index PNG with a palette for every image of `folder`; return how many.
 
     Masks keep the image's size and relative path, with .png for a suffix (see `mask_names`);
-    unreadable files, and stripes over 100 times as long as wide, are named and skipped. overlay:
-    beside each mask a JPEG of it and the image, half and half, and a legend.png.
+    unreadable files are named and skipped. overlay: beside each mask a JPEG of it and the image,
+    half and half.
     """
     palette = np.array(class_colours(model.class_names), dtype=np.uint8).flatten().tolist()
     files, written = find_images(folder), 0
@@ -63,8 +63,6 @@ def write_masks(model, folder, out, size, device, overlay=False):
     for path, name in zip(progress(files, "masks"), mask_names(files), strict=True):
         try:
             image = load_image(path)
-            if max(image.size) > 100 * min(image.size):      # its working view would be enormous
-                raise ValueError(f"{path}: {image.width}x{image.height} is a stripe, not a scene")
         except ValueError as error:
             tqdm.write(f"skipped {error}", file=sys.stderr)      # takes any file name
             continue
@@ -80,8 +78,6 @@ def write_masks(model, folder, out, size, device, overlay=False):
             with atomic(target.with_suffix(".overlay.jpg")) as temporary:
                 Image.blend(image, png.convert("RGB"), 0.5).save(temporary, format="JPEG")
         written += 1
-    if overlay:
-        plots.legend_alone(model.class_names, Path(out) / "legend.png")
     return written
 
 
@@ -119,9 +115,8 @@ def main(argv=None):
     compare_names(data, model.class_names)
     result = evaluate(model, progress(DataLoader(data), "evaluate"), model.num_classes)
     print(report({"model": result}, data.class_names))
-    print(f"{'freq.-weighted IoU':20s}{100 * result['frequency_weighted_iou']:11.1f}")
-    metrics = {key: result[key] for key in ("miou", "pixel_accuracy", "frequency_weighted_iou")}
-    metrics |= {"iou": named_iou(result, data.class_names), "config": asdict(cfg)}
+    metrics = {"miou": result["miou"], "pixel_accuracy": result["pixel_accuracy"],
+               "iou": named_iou(result, data.class_names), "config": asdict(cfg)}
     if cfg.out:
         save_json(metrics, cfg.out)
     return metrics

@@ -55,13 +55,6 @@ def legend(figure, class_names):
                   fontsize=8, frameon=False)
 
 
-def legend_alone(class_names, path):
-    """Write a picture of the legend."""
-    figure = Figure(figsize=(11, 0.9), layout="constrained")
-    legend(figure, class_names)
-    write(figure, path)
-
-
 def overlays(data, path, count=4):
     """Write a picture of `count` images of a Labelled data set with their labels over them."""
     paint, tiles = painter(data.class_names), []

@@ -10,7 +10,7 @@ from conftest import nearest_colour
 from PIL import Image
 from torch import nn
 
-from evaluate import confusion_matrix, evaluate, main, mean_iou, predict, report, summary
+from evaluate import confusion_matrix, evaluate, main, mean_iou, predict, report
 from models import build_model
 from support import evaluation
 from support.checkpoint import save_model
@@ -101,12 +101,6 @@ def test_the_hand_computed_example():
     assert result["matrix"].tolist() == [[1, 1], [0, 2]]
     assert result["iou"].tolist() == pytest.approx([1 / 2, 2 / 3])
     assert (result["miou"], result["pixel_accuracy"]) == pytest.approx((7 / 12, 3 / 4))
-
-
-def test_frequencies_are_those_of_the_truth():
-    # Frequencies 6/8, 2/8, 0; IoU 4/7, 1/3, 0: the third class is only predicted.
-    result = summary(torch.tensor([[4, 1, 1], [1, 1, 0], [0, 0, 0]]))
-    assert result["frequency_weighted_iou"] == pytest.approx(6 / 8 * 4 / 7 + 2 / 8 * 1 / 3)
 
 
 @pytest.mark.parametrize(("prediction", "target", "message"), [
@@ -206,10 +200,8 @@ def camvid_model(size=(32, 48)):
 def test_masks_keep_names_and_sizes_and_hold_class_numbers_with_colours(photographs, tmp_path,
                                                                         capsys):
     out, model = tmp_path / "masks", camvid_model()
-    Image.new("RGB", (5000, 1)).save(photographs / "line.png")
     assert write_masks(model, photographs, out, (32, 48), "cpu") == 2
-    said = capsys.readouterr().err
-    assert "broken.png" in said and "line.png: 5000x1 is a stripe" in said
+    assert "broken.png" in capsys.readouterr().err
     assert sorted(p.relative_to(out).as_posix() for p in out.rglob("*.*")) == ["a.png",
                                                                                 "deeper/b.png"]
     for name, size in (("a.png", (50, 40)), ("deeper/b.png", (31, 64))):
@@ -259,7 +251,7 @@ def scored(monkeypatch, class_names, words):
     return main(["--checkpoint", "any.pt", "--device", "cpu", *map(str, words)])
 
 
-def test_voc_is_scored_at_each_images_own_resolution(voc_tree, monkeypatch, capsys):
+def test_voc_is_scored_at_each_images_own_resolution(voc_tree, monkeypatch):
     # Images of 80x48 and 96x120 pixels, seen at 160x96 and 96x120: of both together 256 pixels are
     # void, 1024 person (all found), 14080 background, of which 512 are taken for a person.
     metrics = scored(monkeypatch, VOC, ["--dataset", "voc", "--data-root", voc_tree])
@@ -267,9 +259,6 @@ def test_voc_is_scored_at_each_images_own_resolution(voc_tree, monkeypatch, caps
     assert {name: iou for name, iou in metrics["iou"].items() if iou is not None} == expected
     assert metrics["miou"] == pytest.approx(sum(expected.values()) / 2)
     assert metrics["pixel_accuracy"] == pytest.approx((13568 + 1024) / 15104)
-    frequency = (14080 * expected["background"] + 1024 * expected["person"]) / 15104
-    assert metrics["frequency_weighted_iou"] == pytest.approx(frequency)
-    assert f"freq.-weighted IoU  {100 * frequency:11.1f}" in capsys.readouterr().out
 
 
 def test_cityscapes_is_scored_on_whole_images_without_its_ignored_pixels(cityscapes_tree,
@@ -293,7 +282,7 @@ def test_two_images_of_one_name_get_two_masks_and_overlays_show_both(photographs
     assert write_masks(model, photographs, out, (32, 48), "cpu", overlay=True) == 3
     written = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.*"))
     assert written == ["a.jpg.overlay.jpg", "a.jpg.png", "a.png.overlay.jpg", "a.png.png",
-                       "deeper/b.png.overlay.jpg", "deeper/b.png.png", "legend.png"]
+                       "deeper/b.png.overlay.jpg", "deeper/b.png.png"]
     mask, overlay = Image.open(out / "a.png.png"), Image.open(out / "a.png.overlay.jpg")
     assert mask.size == overlay.size == (20, 30)
     expected = (np.asarray(mask.convert("RGB"), dtype=float) + 255) / 2
