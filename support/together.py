@@ -16,7 +16,6 @@ import time
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from contextvars import ContextVar
 from datetime import timedelta
-from traceback import clear_frames
 
 import torch
 import torch.distributed as dist
@@ -60,22 +59,17 @@ def joined():
             dist.init_process_group(timeout=timedelta(days=365))     # a death shows at once
         if rank == 0:
             yield rank
+            place.set((rank, count))
+            told(None)                          # the others, which wait in `leave`, may end, too
         else:
-            try:
-                with open(os.devnull, "w") as none, redirect_stdout(none), redirect_stderr(none):
-                    yield rank
-            except SystemExit as end:           # of `leave`: let go of networks and photographs
-                clear_frames(end.__traceback__)
-                torch.cuda.empty_cache()
-        # All end together: a torchrun whose processes have ended gives those of other machines
-        # five minutes, and may then take all with it.
-        place.set((rank, count))
-        told(None)
+            with open(os.devnull, "w") as none, redirect_stdout(none), redirect_stderr(none):
+                yield rank
     except Exception:
         time.sleep(rank and 10 + rank)
         raise
+    finally:
+        place.set((0, 1))
     dist.destroy_process_group()
-    place.set((0, 1))
 
 
 def told(value):
@@ -104,7 +98,10 @@ def gathered(x, rows):
 
 def leave():
     """Have all processes but the first wait for its end; from here on it works alone."""
-    rank, _ = place.get()
-    place.set((0, 1))
-    if rank:
+    # All end together: a torchrun whose processes have ended gives those of other machines five
+    # minutes, and may then take all with it.
+    if place.get()[0]:
+        told(None)
+        dist.destroy_process_group()
         raise SystemExit
+    place.set((0, 1))
