@@ -18,7 +18,6 @@ Use it
 import csv
 import hashlib
 import os
-import signal
 import time
 import warnings
 from pathlib import Path
@@ -163,11 +162,6 @@ class Pool(Dataset):
 
 
 # ---------------------------------------------------------------- loading
-
-def deaf(worker):
-    """Let a loading process ignore Ctrl-C, which all processes get: the main one decides."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
 
 def loaded(loader):
     """Yield what a DataLoader does; a file that cannot be read raises OSError, in one sentence."""

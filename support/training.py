@@ -1,8 +1,8 @@
 """The mechanics of training, for the teacher and for the student, behind a plain `for` loop.
 
 Idea
-    The loop shows images, logits, losses and weights; what resumes, saves, catches signals and
-    checks the loss is here. Batch t depends on (seed, t) alone and so does the dropout of step t:
+    The loop shows images, logits, losses and weights; what resumes, saves and checks the loss is
+    here. Batch t depends on (seed, t) alone and so does the dropout of step t:
     weights, optimiser and step number are the whole state of a run.
 
 Equation
@@ -15,10 +15,8 @@ Use it
     run.curve                                                     # [(step, mean loss), ...]
 """
 
-import signal
-import threading
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from evaluate import as_input
 from support import checkpoint
-from support.data import deaf, loaded
+from support.data import loaded
 from support.progress import progress
 
 CHECK_EVERY = 50          # steps between two looks at the loss; each look waits for the device
@@ -42,34 +40,6 @@ def learning_rate(step, steps, lr0):
 
 OPTIMISERS = {"adamw": partial(torch.optim.AdamW, weight_decay=0.01, fused=True),
               "sgd": partial(torch.optim.SGD, momentum=0.9, weight_decay=1e-4, fused=True)}
-
-
-@contextmanager
-def held_back():
-    """Hold the first SIGINT, SIGTERM or SIGHUP back, and yield a list it is put on.
-
-    So training can finish its step and save; a second signal acts at once. Outside the main
-    thread, which gets them, do nothing.
-    """
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
-               if hasattr(signal, name)]
-    main = threading.current_thread() is threading.main_thread()
-    came, before = [], {n: signal.getsignal(n) for n in numbers if main}
-
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def note(number, frame):
-        came.append(number)
-        restore()
-
-    try:
-        for number in before:
-            signal.signal(number, note)
-        yield came
-    finally:
-        restore()
 
 
 class Training:
@@ -142,24 +112,17 @@ class Training:
     def batches(self, dataset, workers=0, name="distilling"):
         """Yield (progress, *dataset[t]) on the device for each step t that is left; see `step`.
 
-        Images become float32 in [0, 1].
-        A signal waits for the end of a step, saves and raises KeyboardInterrupt(number); so does
-        OSError, for a file that can no longer be read. ValueError when the loss is not finite.
+        Images become float32 in [0, 1]. OSError for a file that can no longer be read, ValueError
+        when the loss is not finite. Whatever stops it, training goes on from the last state.
         """
         feed = loaded(DataLoader(
             dataset, batch_size=None, sampler=range(self.done, self.steps), num_workers=workers,
-            pin_memory=self.device.type == "cuda", persistent_workers=workers > 0,
-            worker_init_fn=deaf))
+            pin_memory=self.device.type == "cuda"))
         self.model.train()
         bar = progress(name=name, initial=self.done, total=self.steps)
         saved = time.monotonic()
-        with held_back() as came, closing(feed), bar:         # closing ends the loading processes
-            for t in range(self.done, self.steps):
-                try:
-                    batch = next(feed)
-                except OSError:
-                    self.save()
-                    raise
+        with closing(feed), bar:                              # closing ends the loading processes
+            for t, batch in enumerate(feed, self.done):
                 for group in self.optimiser.param_groups:
                     group["lr"] = learning_rate(t, self.steps, self.lr)
                 # Dropout depends on (seed, t) alone. On a CPU only the low 32 bits of a seed count.
@@ -172,9 +135,7 @@ class Training:
                     bar.set_postfix(loss=f"{self.curve[-1][1]:.4f}", refresh=False)
                 bar.update()
                 overdue = self.done % SAVE_EVERY == 0 or time.monotonic() - saved > SAVE_SECONDS
-                if overdue or came or last:
+                if overdue or last:
                     self.save()
                     saved = time.monotonic()
-                if came:
-                    raise KeyboardInterrupt(came[0])
         self.model.eval()
