@@ -12,9 +12,8 @@ import platform
 import shlex
 import subprocess
 import sys
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import count
 from pathlib import Path
 from time import perf_counter, process_time
 
@@ -92,28 +91,22 @@ def configured(config_class, argv, description):
     return cfg
 
 
-def lock_folder(cfg, stack, root=Path("runs")):
-    """Return the folder of a run, locked: --out, or the next free number below runs/."""
-    if cfg.out:
-        stack.enter_context(locked(Path(cfg.out)))
-        return Path(cfg.out)
-    taken = [int(p.name) for p in root.glob("[0-9]*") if p.name.isdigit() and begun(p)]
-    for number in count(max(taken, default=0) + 1):
-        with suppress(ValueError):                       # else another program was quicker
-            stack.enter_context(locked(root / f"{number:03d}"))
-            return root / f"{number:03d}"
-    return None
+def next_folder(root=Path("runs")):
+    """Return the folder of the next free number."""
+    taken = [int(p.name) for p in root.glob("[0-9]*") if p.name.isdigit()]
+    return root / f"{max(taken, default=0) + 1:03d}"
 
 
 @contextmanager
 def open_run(cfg):
     """Yield the folder of this run, made if need be, with its config.json; nobody else may use it.
 
-    Raises ValueError if the folder holds something and --resume was not given. An interruption, a
-    full disk and the like get the command that goes on from there.
+    It is --out, or the next number below runs/. Raises ValueError if it holds something and
+    --resume was not given. An interruption, a full disk and the like get the command that goes on
+    from there.
     """
-    with ExitStack() as stack:
-        out = lock_folder(cfg, stack)
+    out = Path(cfg.out or next_folder())
+    with locked(out):
         if begun(out) and not cfg.resume:
             raise ValueError(f"{out} is not empty; choose another --out, or go on by --resume")
         if not cfg.resume:

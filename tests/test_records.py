@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -51,18 +52,11 @@ def resumed(out, *words):
 
 # ---------------------------------------------------------------- folders of runs
 
-def test_runs_get_the_next_free_number_and_those_that_came_to_nothing_are_used_again(
-        tmp_path, monkeypatch):
+def test_runs_get_the_next_free_number(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert started(Config()).as_posix() == "runs/001"
-    for _ in range(2):                                           # a mistake leaves a config only
-        with pytest.raises(ValueError, match="a typo"), open_run(Config(steps=7)) as out:
-            raise ValueError("a typo")
-        assert out.name == "002"
     for other in ("009", "teacher", "20-copy"):
         (tmp_path / "runs" / other).mkdir()
-        (tmp_path / "runs" / other / "result").touch()
-    (tmp_path / "runs" / "012").mkdir()
     assert started(Config(steps=8)).name == "010"
     assert json.loads((tmp_path / "runs" / "010" / "config.json").read_text())["steps"] == 8
 
@@ -154,6 +148,7 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys, wor
     def said(error):
         with pytest.raises(SystemExit) as caught:
             one_sentence(lambda: in_folder(partial(stopped, error=error), Config, None, ""))()
+        shutil.rmtree("runs")
         return caught.value.code, capsys.readouterr().err
 
     told = "; go on with: python distill.py --resume --out runs/001\n"
