@@ -118,6 +118,7 @@ class Training:
         feed = loaded(DataLoader(
             dataset, batch_size=None, sampler=range(self.done, self.steps), num_workers=workers,
             pin_memory=self.device.type == "cuda"))
+        self.save()              # from where whoever is stopped and calls again with `model` begins
         self.model.train()
         bar = progress(name=name, initial=self.done, total=self.steps)
         saved = time.monotonic()
