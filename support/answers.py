@@ -14,11 +14,12 @@ Use it
     kept = Kept(ask, views, V, device); images, answers = kept[[(slot, view), ...]]
 """
 
+import math
 import os
 import tempfile
-from contextlib import nullcontext, suppress
-from pathlib import Path
+from contextlib import nullcontext
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
@@ -62,25 +63,20 @@ def answers_of(teacher, images, like, precision=None):
 def half_tensor(shape, folder):
     """Return an empty float16 tensor: in memory while it fits, else in a file of the folder.
 
-    The file has no name any more, so that the system removes it whatever happens.
+    The file has no name, so that the system removes it whatever happens.
     """
-    size = torch.Size(shape).numel()
-    if 2 * size <= MEMORY:
+    size = 2 * math.prod(shape)
+    if size <= MEMORY:
         return torch.empty(shape, dtype=torch.float16)
-    path = Path(folder or tempfile.gettempdir()) / f"answers.{os.getpid()}"
+    folder = folder or tempfile.gettempdir()
     try:
-        with open(path, "wb") as file:
+        with tempfile.TemporaryFile(dir=folder) as file:
             if hasattr(os, "posix_fallocate"):                   # a full disk shows now, not later
-                os.posix_fallocate(file.fileno(), 0, 2 * size)
-        tensor = torch.from_file(str(path), shared=True, size=size, dtype=torch.float16)
+                os.posix_fallocate(file.fileno(), 0, size)
+            return torch.from_numpy(np.memmap(file, np.float16, "w+", shape=tuple(shape)))
     except OSError as error:
-        raise OSError(f"no room for {2 * size / 1e9:.0f} GB of the teacher's answers in "
-                      f"{path.parent} ({error.strerror}); lower --views or --budget, or use "
-                      "--views 0") from error
-    finally:
-        with suppress(OSError):                                  # Windows keeps it until the end
-            path.unlink()
-    return tensor.view(shape)
+        raise OSError(f"no room for {size / 1e9:.0f} GB of the teacher's answers in {folder} "
+                      f"({error.strerror}); lower --views or --budget, or --views 0") from error
 
 
 class Kept:
