@@ -39,7 +39,6 @@ class Config(Labels, Running):
     optimiser: str = training("sgd", "how to train", tuple(OPTIMISERS))
     lr: float = training(0.1, "highest learning rate")
     image_size: tuple[int, int] | None = training(None, "crop size (default: the data set's)")
-    jitter: float = training(0.2, "change of brightness and contrast")
     out: str = running("runs/teacher", "folder for teacher.pt", kind="FOLDER")
 
 
@@ -71,7 +70,7 @@ def train_teacher(cfg, out):
                         image_size=size).to(device)
     # Labels at half the size: a quarter of the loss's cost, and as good (results/labels.csv).
     half = tuple(max(side // 2, 1) for side in size)
-    views = Views(data.images, size, cfg.seed, jitter=cfg.jitter, labelled=data, label_size=half)
+    views = Views(data.images, size, cfg.seed, labelled=data, label_size=half)
     run = Training(model, cfg.steps, cfg.lr, cfg.seed, pick_amp(cfg.amp, device), out / "state.pt",
                    cfg.optimiser)
     batches = Batches(views, cfg.batch_size)

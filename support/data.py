@@ -67,8 +67,6 @@ def load_image(path, at_least=None, upright=True):
     turned as its camera was held; False where a label goes with the pixels as they are stored.
     """
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError("not a regular file")                     # a pipe would be waited for
         # Pillow warns of large and of odd pictures, which would be a flood over a wild pool.
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             if at_least is not None:

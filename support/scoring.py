@@ -55,9 +55,7 @@ def look_over(teacher, student, layers, pool, cfg):
             (m.running_mean == 0).all() and (m.running_var == 1).all() for m in layers.values()):
         raise ValueError("the teacher looks untrained: were its weights loaded? Its BatchNorm "
                          "statistics are still 0 and 1, or its output is the same for any image")
-    training = student.training
     logits = student.eval()(images.to(next(student.parameters()).device))         # (2, K, h, w)
-    student.train(training)
     if logits.shape[1] != answers.shape[1] or answers.shape[1] < 2:
         raise ValueError(f"the teacher has {answers.shape[1]} output channels and the student "
                          f"{logits.shape[1]}; expected one for each of two or more classes in "

@@ -88,13 +88,6 @@ def test_a_file_that_cannot_be_read_is_a_value_error_that_names_it(tmp_path):
         load_image(tmp_path / "missing.png")
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-def test_a_pipe_is_named_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(ValueError, match="pipe.png: OSError: not a regular file"):
-        load_image(tmp_path / "pipe.png")
-
-
 @pytest.mark.parametrize(("picture", "how", "box"), [
     ((200, 100), {}, (25, 0, 175, 100)),
     ((200, 100), {"u": 0, "v": 0}, (0, 0, 150, 100)),
