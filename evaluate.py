@@ -19,7 +19,6 @@ Use it
 Run it
     python evaluate.py --checkpoint runs/NAME/student.pt --dataset camvid --data-root DIR
     python evaluate.py --checkpoint runs/NAME/student.pt --images DIR --out masks/
-    python evaluate.py --dataset camvid --data-root DIR --check-data       (what do labels hold?)
 """
 
 import torch

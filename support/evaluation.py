@@ -1,4 +1,4 @@
-"""The command of evaluate.py: score a checkpoint, check labels, or write masks for any folder.
+"""The command of evaluate.py: score a checkpoint, or write masks for any folder.
 
 Use it
     from support.evaluation import write_masks
@@ -17,11 +17,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from evaluate import as_input, evaluate, named_iou, predict, report
-from support import plots
 from support.checkpoint import atomic, load_model, save_json
 from support.data import find_images, load_image, to_tensor, whole_view
-from support.labelled import (DATASETS, Labels, check_labels, class_colours, compare_names, labels,
-                              open_labelled)
+from support.labelled import Labels, class_colours, compare_names, labels, open_labelled
 from support.options import option, parse, pick_device
 from support.progress import progress
 
@@ -34,10 +32,9 @@ class Config(Labels):
     image_size: tuple[int, int] | None = model(None, "size to resize to (default: its own)")
     device: str = model("auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
     split: str = labels("val", "part of it; 'val:0016E5,0006R0' keeps those sequences")
-    check_data: bool = labels(False, "instead: say what its labels hold, and show some (PNG)")
     images: str | None = masks(None, "any folder of images", kind="FOLDER")
     overlay: bool = masks(False, "also blend each mask into its image")
-    out: str | None = output(None, "file for metrics (JSON) or labels (PNG); folder for masks")
+    out: str | None = output(None, "file for metrics (JSON); folder for masks")
 
 
 def mask_names(files):
@@ -81,24 +78,9 @@ def write_masks(model, folder, out, size, device, overlay=False):
     return written
 
 
-def check_data(cfg):
-    """Print what a labelled data set holds, and write a picture of labels over their images."""
-    data = open_labelled(cfg.dataset, cfg.data_root, cfg.split,
-                         cfg.image_size or DATASETS[cfg.dataset][1], cfg.num_classes, cfg.download)
-    pixels = check_labels(data)
-    print(f"{len(data)} images with labels, of which at most about 2,000 were opened")
-    for name, share in zip([*data.class_names, "void"], pixels / pixels.sum(), strict=True):
-        print(f"{name:20s}{100 * share:8.2f} % of the pixels")
-    plots.overlays(data, cfg.out or "check.png")
-    print(f"some labels over their images: {cfg.out or 'check.png'}")
-    return {"images": len(data), "pixels": pixels.tolist()}
-
-
 def main(argv=None):
     """Score a checkpoint on labelled data, or write masks for a folder; return the metrics."""
     cfg = parse(Config, argv, "Score a checkpoint on labelled data, or write masks for a folder.")
-    if cfg.check_data:
-        return check_data(cfg)
     if cfg.checkpoint is None:
         raise ValueError("--checkpoint is missing; give the path of a student.pt or teacher.pt")
     device = pick_device(cfg.device)

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from PIL import Image
 
 from ads_sampler import sample
 from evaluate import as_input, predict
@@ -53,20 +52,6 @@ def legend(figure, class_names):
     rows = -(-len(patches) // 10)                                # of at most ten names, that fit
     figure.legend(handles=patches, loc="outside lower center", ncols=-(-len(patches) // rows),
                   fontsize=8, frameon=False)
-
-
-def overlays(data, path, count=4):
-    """Write a picture of `count` images of a Labelled data set with their labels over them."""
-    paint, tiles = painter(data.class_names), []
-    for i in np.unique(np.linspace(0, len(data) - 1, count).astype(int)):
-        image, target = data[i]                                          # (3, h, w), (H, W)
-        image = Image.fromarray(image.permute(1, 2, 0).numpy())
-        mask = Image.fromarray(paint(target)).resize(image.size, Image.NEAREST)
-        tiles.append(np.asarray(view(Image.blend(image, mask, 0.5), data.size)))
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
-    strip(figure, tiles, "labels over their images")
-    legend(figure, data.class_names)
-    write(figure, path)
 
 
 def histogram(ax, scores, chosen):

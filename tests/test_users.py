@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import with_random_statistics
+from matplotlib.figure import Figure
 from pictures import coordinates, folder, mask, write
 from PIL import Image
 from torch import nn
@@ -161,15 +162,15 @@ def test_a_network_that_returns_a_dict_can_be_put_to_work(tmp_path, pool_folder)
     assert evaluation.write_masks(student, pool_folder, tmp_path / "m", (32, 48), "cpu") == 30
 
 
-def test_every_picture_of_masks_has_a_legend_and_void_a_colour_of_its_own(tmp_path, monkeypatch):
+def test_every_picture_of_masks_has_a_legend_and_void_a_colour_of_its_own():
     assert (255, 255, 255) not in set(map(tuple, class_colours(CAMVID)))
     assert len(set(map(tuple, class_colours(CAMVID)))) == 11
-    figures = []
-    monkeypatch.setattr(plots, "write", lambda figure, path: figures.append(figure))
-    folder(tmp_path, coordinates(4, 2), mask([0, 1, 0, 1], [0, 0, 1, 255]))
-    plots.overlays(open_labelled("folder", tmp_path, "val", (2, 4), 2), "x.png")
-    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
-    assert labels == ["class 0", "class 1", "void"]
+    paint = plots.painter(["road", "sky"])
+    assert paint(torch.tensor([[0, 255]]))[0, 1].tolist() == [255, 255, 255]
+    figure = Figure()
+    plots.legend(figure, ["road", "sky"])
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["road", "sky", "void"]
 
 
 def test_few_images_are_not_shown_twice():
