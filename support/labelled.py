@@ -129,7 +129,7 @@ def open_labelled(dataset, root, split, size, num_classes=None, download=False):
                                 f"the first is {absent[0]}")
     table = torch.full((256,), -1)
     # Official labelIds know no 255: a file with one holds train ids under a wrong name.
-    table[IGNORE] = -1 if dataset == "cityscapes" and VOID in values else IGNORE
+    table[IGNORE] = -1 if dataset == "cityscapes" else IGNORE
     for value, name in enumerate(values):
         table[value] = IGNORE if name == VOID else names.index(name)
     return Labelled(*zip(*pairs, strict=True), table, names, size)
@@ -191,14 +191,11 @@ def list_voc(root, part, download):
 
 
 def list_cityscapes(root, part, download):
-    """List labelIds, or labelTrainIds where there is none of these."""
     fine = root / "gtFine" / part
-    kind = "labelIds" if any(fine.glob("*/*_gtFine_labelIds.png")) else "labelTrainIds"
-    pairs = [(path, fine / path.parent.name / path.name.replace("leftImg8bit", f"gtFine_{kind}"))
+    pairs = [(path, fine / path.parent.name / path.name.replace("leftImg8bit", "gtFine_labelIds"))
              for path in find_images(root / "leftImg8bit" / part)]
-    ids = [VOID if c.train_id == 255 else c.name
-           for c in torchvision.datasets.Cityscapes.classes[:-1]]               # the last is id -1
-    return pairs, ids if kind == "labelIds" else CITYSCAPES
+    return pairs, [VOID if c.train_id == 255 else c.name
+                   for c in torchvision.datasets.Cityscapes.classes[:-1]]       # the last is id -1
 
 
 LISTINGS = {"scenes": list_folder, "folder": list_folder, "camvid": list_camvid, "voc": list_voc,
