@@ -202,10 +202,31 @@ def test_a_loss_that_explodes_stops_dfad(teacher):
                        baselines.new_generator(SIZE, width=2), steps=20, batch_size=2, lr=1e20)
 
 
+# ---------------------------------------------------------------- the oracle
+
+def test_the_oracle_remembers_exact_statistics_and_computes_the_same(teacher_file, pool_folder,
+                                                                     tmp_path):
+    make(teacher_file, "oracle", tmp_path / "a", "--images", pool_folder)
+    oracle = checkpoint.load_model(tmp_path / "a/teacher.pt")
+    teacher, images = checkpoint.load_model(teacher_file), pictures(pool_folder) / 255
+    exact = copy.deepcopy(teacher).double()
+    for name, x in bn_inputs(exact, images.double()).items():
+        layer = oracle.get_submodule(name)
+        torch.testing.assert_close(layer.running_mean.double(), x.mean((0, 2, 3)),
+                                   rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(layer.running_var.double(), x.var((0, 2, 3), correction=0),
+                                   rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(oracle(images), teacher(images), rtol=1e-3, atol=1e-3)
+    assert oracle.image_size == SIZE
+
+
 # ---------------------------------------------------------------- what is said when it cannot
 
 def test_every_bad_input_gets_one_sentence(teacher_file, pool_folder, tmp_path):
+    (pool_folder / "broken.png").write_bytes(b"no picture")
     cases = [("tiles", tmp_path / "a", [], ValueError, "needs --images"),
+             ("oracle", tmp_path / "a", ["--images", pool_folder], ValueError, "broken.png"),
              ("tiles", tmp_path / "b", ["--images", "nowhere"], FileNotFoundError, "nowhere"),
              ("deepinversion", pool_folder, [], ValueError, "not empty")]
     for method, out, words, error, message in cases:
