@@ -12,7 +12,7 @@ Use it
         --common "--dataset camvid --data-root DIR --pool DIR --teacher T.pt --steps 2400"
     python -m experiments.compare --table results/scenes.json    # the table again
     python -m experiments.compare --table "results/length.json results/generators.json" \\
-        --figure results/seconds.png --over seconds              # two records as one
+        --figure results/seconds.png                             # two records as one
     python -m experiments.compare --teachers "results/headline.json results/headline2.json"
 """
 
@@ -106,10 +106,8 @@ class Config(Options):
                                "quotes", kind="FILES")
     teachers: str | None = option(None, "instead: print the paired test over these records of the "
                                   "headline, each of another teacher, in quotes", kind="FILES")
-    figure: str | None = option(None, "and draw its rows here (PNG)", kind="FILE")
-    over: str = option("size", "what the figure shows: mIoU over the number of files or updates in "
-                       "the rows' names, or retention over processor seconds",
-                       choices=("size", "seconds"))
+    figure: str | None = option(None, "and draw what its rows keep of the original images' result, "
+                                "over processor seconds (PNG)", kind="FILE")
 
 
 def run_once(words, folder):
@@ -189,7 +187,7 @@ def main(argv=None):
     record = read(*shlex.split(cfg.table)) if cfg.table else collect(cfg)
     print(table(record))
     if cfg.figure:
-        draw(record, cfg.figure, cfg.over)
+        draw(record, cfg.figure)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Use it
     record = read("results/scenes.json")
     print(table(record))
     print(teachers(["results/headline.json", "results/headline_teacher2.json"]))
-    draw(record, "scenes.png", over="seconds")
+    draw(record, "scenes.png")
 """
 
 import json
@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, LogLocator
+from matplotlib.ticker import LogLocator
 
 from support import plots
 
@@ -155,46 +155,26 @@ def teachers(paths):
 
 # ---------------------------------------------------------------- figure
 
-def draw(record, path, over="size"):
-    """Write the figure of a record, a line per name, over the last of the sizes in rows' names.
+def draw(record, path):
+    """Write a figure: what each row keeps of the original images' result, over processor seconds.
 
-    It shows mIoU, in a panel for each of the other sizes. over "seconds", and where no row has a
-    size: what is kept of the original images' result, over processor seconds. Raises ValueError if
-    the record lacks these.
+    Rows that differ in their sizes alone are one line. Raises ValueError if the record lacks these.
     """
-    rows, panels, unit = by_row(record), {}, ""
-    seconds = over == "seconds" or not any(parts(row)[1] for row in rows)
+    rows, lines = by_row(record), {}
     for row, runs in rows.items():
-        name, sizes = parts(row)
-        group, _, last = sizes.rpartition(", ")
-        if seconds:
-            name, group, unit = ", ".join(filter(None, (name, group))), "", "processor seconds"
-            x, y = trained(runs), kept(runs, beside(row, rows, ORIGINAL))
-            if not x or not y:
-                continue
-        else:
-            x, y = [int(last.split()[0])] if last else [], percent(runs)
-            unit = last.partition(" ")[2] or unit
-        panels.setdefault(group, {}).setdefault(name, []).append(
-            (mean(x) if x else None, mean(y), stdev(y) if len(y) > 1 else 0))
-    if not panels:
+        x, y = trained(runs), kept(runs, beside(row, rows, ORIGINAL))
+        if x and y:
+            lines.setdefault(parts(row)[0], []).append((mean(x), mean(y)))
+    if not lines:
         raise ValueError("the record has no row 'original images', or no processor seconds, to "
-                         "draw; add a record that has, or leave out --over seconds")
-    figure = Figure(figsize=(3.5 + 3 * len(panels), 3.8), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for ax, (group, lines) in zip(axes, panels.items(), strict=True):
-        for k, (name, points) in enumerate(lines.items()):
-            x, y, deviation = zip(*points, strict=True)
-            if x[0] is None:
-                ax.axhline(y[0], color=plots.GREY, ls="--", label=name)
-            else:
-                ax.errorbar(x, y, deviation, color=f"C{k}", marker="o", ms=4, capsize=3, label=name)
-        ax.set(title=group, xlabel=unit, xscale="log")
-        ticks = sorted({x for points in lines.values() for x, *_ in points if x})
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if seconds else FixedLocator(ticks))
-        ax.xaxis.set_major_formatter("{x:.0f}")
-        ax.minorticks_off()
-        ax.legend(frameon=False, fontsize=8)
-    axes[0].set_ylabel(("of the original images' mIoU" if seconds else "student mIoU")
-                       + ", % (bars: deviation)")
+                         "draw; add a record that has")
+    figure = Figure(figsize=(7, 3.8), layout="constrained")
+    ax = figure.subplots()
+    for name, points in lines.items():
+        ax.plot(*zip(*points, strict=True), "o-", label=name)
+    ax.set(xscale="log", xlabel="processor seconds of training", ylabel="kept, %")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter("{x:.0f}")
+    ax.minorticks_off()
+    figure.legend(loc="outside right upper", frameon=False)
     plots.write(figure, path)

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from itertools import pairwise
 
 import pytest
-from PIL import Image
 
 import distill
 from experiments import compare, tables
@@ -114,26 +113,6 @@ def test_a_row_of_a_series_is_measured_against_the_original_images_of_its_size()
     assert [line.split(" | ")[3] for line in lines] == ["100", "78", "100", "90", ""]
 
 
-def test_a_series_is_drawn_over_its_sizes(monkeypatch):
-    drawn = {}
-    monkeypatch.setattr(plots, "write", lambda figure, path: drawn.update({path: figure.axes[0]}))
-    record = {"runs": runs("random, 50 files", [30, 32]) + runs("random, 400 files", [33, 36])
-              + runs("the whole pool", [34, 36])}
-    tables.draw(record, "b.png")
-    bars, level = drawn["b.png"].containers[0].lines[0], drawn["b.png"].lines[-1]
-    assert level.get_ydata()[0] == 35 and drawn["b.png"].get_xlabel() == "files"
-    assert bars.get_xdata().tolist() == [50, 400] and bars.get_ydata().tolist() == [31, 34.5]
-
-
-def test_each_budget_of_a_series_of_two_sizes_has_its_panel(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(plots, "write", lambda figure, path: drawn.extend(figure.axes))
-    tables.draw({"runs": [run for files in ("all", "400") for steps in (600, 1200)
-                          for run in runs(f"fixed, {files} files, {steps} updates", [30, 32])]}, "")
-    assert [ax.get_title() for ax in drawn] == ["all files", "400 files"]
-    assert drawn[1].containers[0].lines[0].get_xdata().tolist() == [600, 1200]
-
-
 def test_retention_is_drawn_over_seconds_from_several_records(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plots, "write", lambda figure, path: drawn.extend(figure.axes))
@@ -142,24 +121,16 @@ def test_retention_is_drawn_over_seconds_from_several_records(tmp_path, monkeypa
             {**run, "processor_seconds": {"distillation": steps / 10}} for steps in (10, 20)
             for row, value in rows.items()
             for run in runs(f"{row}, {steps} updates", [value, value])]}))
-    compare.main(["--table", f"{tmp_path}/a.json {tmp_path}/b.json", "--figure", "f.png",
-                  "--over", "seconds"])
-    lines = {bars.get_label(): bars.lines[0] for bars in drawn[0].containers}
+    compare.main(["--table", f"{tmp_path}/a.json {tmp_path}/b.json", "--figure", "f.png"])
+    lines = {line.get_label(): line for line in drawn[0].lines}
     assert list(lines) == ["original images", "x", "y"]
     assert lines["y"].get_xdata().tolist() == [1, 2]
     assert lines["y"].get_ydata().tolist() == [60, 60]
 
 
-def test_a_figure_over_seconds_needs_original_images():
+def test_a_figure_needs_original_images():
     with pytest.raises(ValueError, match="has no row 'original images'"):
         tables.draw({"runs": runs("x", [30, 32])}, "")
-
-
-@pytest.mark.filterwarnings("error::RuntimeWarning")
-def test_a_series_of_one_seed_is_drawn_without_a_warning(tmp_path):
-    record = {"runs": runs("random, 50 files", [30]) + runs("random, 400 files", [33])}
-    tables.draw(record, tmp_path / "a.png")
-    assert Image.open(tmp_path / "a.png").width > 400
 
 
 def test_every_row_of_every_preset_is_a_line_of_distill():
