@@ -219,13 +219,13 @@ class Views(Dataset):
         u, v, s, flip, *jitter = np.random.default_rng([self.seed, 2, slot, number]).random(6)
         crop = {"scale": self.max_scale ** s, "u": u, "v": v}
         image, mask = self.source(slot)
-        x = np.asarray(view(image, self.size, **crop))                              # (H, W, 3)
+        x = np.asarray(view(image, self.size, **crop)).transpose(2, 0, 1)           # (3, H, W)
         # Contrast around the mean, then brightness, looked up for the 256 values that there are.
         contrast, brightness = 1 + self.jitter * (2 * np.array(jitter) - 1)
         mean = x.mean()
         table = ((np.arange(256) - mean) * contrast + mean) * brightness
-        x = np.take(np.clip(table + 0.5, 0, 255).astype(np.uint8), x)
-        x = to_tensor(x[:, ::-1] if flip < 0.5 else x)                              # (3, H, W)
+        table = np.clip(table + 0.5, 0, 255).astype(np.uint8)
+        x = torch.from_numpy(np.take(table, x[..., ::-1] if flip < 0.5 else x))
         if mask is None:
             return x
         y = self.labelled.classes(view(mask, self.label_size, **crop, resample=Image.NEAREST), slot)
