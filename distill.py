@@ -31,7 +31,7 @@ from kd_loss import channelwise_kd, pixelwise_kd
 from models import MODELS, build_model, freeze, wrap
 from priority import SCHEDULES, progressive_weights, sample_weights, weighted_loss
 from support import checkpoint, command, records
-from support.answers import answers_of, keep, resized
+from support.answers import answers_of, folded, keep, resized
 from support.colours import private_colours
 from support.data import Batches, Pool, Views, find_images
 from support.labelled import DATASETS, Labels, labels
@@ -100,7 +100,7 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     weights = weights.to(device)
     trainer = Training(student, cfg.steps, cfg.lr, cfg.seed, pick_amp(cfg.amp, device),
                        out and out / "state.pt")
-    ask = partial(answers_of, teacher, like=logit_size, precision=trainer.precision())
+    ask = partial(answers_of, folded(teacher, size), like=logit_size, precision=trainer.precision())
     views = Views(found["files"], size, cfg.seed, prepare=prepare)
     batches = Batches(views, cfg.batch_size, keep(ask, views, cfg, device, out))
     for progress, images, slots, answers in trainer.batches(batches, cfg.workers):

@@ -30,7 +30,7 @@ from evaluate import as_input
 from kd_loss import channelwise_kd, pixelwise_kd
 from models import build_model, freeze
 from priority import progressive_weights, weighted_loss
-from support.answers import Kept, answers_of
+from support.answers import Kept, answers_of, folded
 from support.checkpoint import save_json
 from support.data import Batches, Pool, Views
 from support.options import Options, one_sentence, option, parse, pick_amp
@@ -125,7 +125,8 @@ def training(count, batch, size, cfg, device, steps=10, views=24):
     teacher, student = freeze(network("resnet_small", device)), network("resnet_tiny", device)
     images, weights = torch.rand(batch, 3, *size, device=device), torch.rand(count, device=device)
     run = Training(student, 10 ** 6, 1e-4, 0, pick_amp("auto", device))
-    ask = partial(answers_of, teacher, like=student(images).shape[-2:], precision=run.precision())
+    ask = partial(answers_of, folded(teacher, size), like=student(images).shape[-2:],
+                  precision=run.precision())
 
     def bare_step():
         with run.precision():

@@ -100,6 +100,7 @@ def surroundings(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "numpy", to_numpy)
     monkeypatch.setattr(torch.Tensor, "__format__", lambda x, how: format(x.item(), how))
     monkeypatch.setattr("torch.utils.swap_tensors", keep_layout)
+    monkeypatch.setattr(fake.FakeTensor, "__deepcopy__", lambda x, memo: x.detach().clone())
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)         # no pinned memory
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_: True)

@@ -1,5 +1,6 @@
 """Views, batches and the answers that are kept: pure functions, right geometry, nothing lost."""
 
+import copy
 import itertools
 from functools import partial
 
@@ -13,7 +14,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import support.answers as program
-from support.answers import Kept, answers_of, common_size, keep, resized
+from bn_stats import bn_layers
+from models import build_model, wrap
+from support.answers import Kept, answers_of, common_size, folded, keep, resized
 from support.data import Batches, Views
 from support.labelled import open_labelled
 
@@ -218,3 +221,39 @@ def test_answers_are_the_teachers_logits_at_the_students_stride():
                                                     antialias=True))
     assert (small.mean((2, 3)) - logits.mean((2, 3))).abs().max() < 0.05         # no pixel left out
     assert not small.requires_grad and small.dtype == torch.float32
+
+
+def with_statistics(net):
+    """Return the network in eval mode, with BatchNorm layers that are far from doing nothing."""
+    torch.manual_seed(0)
+    for bn in bn_layers(net).values():
+        for values in (bn.weight.data, bn.bias.data, bn.running_mean, bn.running_var):
+            values.uniform_(0.5, 2)
+    return net.eval()
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet_tiny", "deeplabv3_mobilenet_v2", "lraspp_mobilenet_v3_large"])
+def test_a_folded_teacher_has_no_batchnorm_left_and_answers_the_same(name):
+    network = with_statistics(build_model(name, 4))
+    before, images = copy.deepcopy(network.state_dict()), torch.rand(2, 3, 32, 48)
+    with torch.no_grad():
+        expected, logits = network(images), folded(network, (32, 48))(images)
+    assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
+    with pytest.raises(ValueError, match="no 2-D BatchNorm layer"):
+        bn_layers(folded(network, (32, 48)))
+    assert all(map(torch.equal, before.values(), network.state_dict().values()))
+
+
+def test_a_teacher_that_computes_in_another_order_than_it_defines_is_not_folded():
+    class Parted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+            self.last = nn.Conv2d(4, 4, 3)
+
+        def forward(self, x):
+            return self.last(self.bn(torch.relu(self.first(x))))
+
+    network = with_statistics(wrap(Parted()))
+    assert folded(network, (16, 24)) is network
