@@ -144,7 +144,7 @@ def teachers(paths):
         points.append([mean(values) for values in (
             gain(nearest, random), gain(recipe, nearest), kept(nearest, original),
             kept(recipe, original))])
-        lines.append([f"{Path(path).stem} ({len(random)})",
+        lines.append([f"{Path(path).stem} ({len(nearest)})",
                       *(f"{mean(percent(x)):.1f}" for x in runs),
                       *(f"{x:{sign}.1f}" for x, sign in zip(points[-1], signs, strict=True))])
     means = [interval(x, sign) for x, sign in zip(zip(*points, strict=True), signs, strict=True)]
