@@ -84,7 +84,7 @@ PRESETS = {
               "kl distance": f"{KL} {UNIFORM}",
               "random, street views only": f"--pool {{pool}}/street --sampling random {UNIFORM}",
               "nearest, street views only": f"--pool {{pool}}/street {UNIFORM}"},
-    "generators": series(some("nearest (ADS)", "recipe", "random")
+    "generators": series(some("random", "nearest (ADS)", "recipe", "original images")
                          | {"DeepInversion": MADE_UP,
                             "DeepInversion, ten times channel-wise": f"{MADE_UP} {LOSS}"}, STEPS),
     "structure": {"whole scenes": f"--pool runs/whole --budget 0 {UNIFORM}",
