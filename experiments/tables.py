@@ -172,9 +172,10 @@ def draw(record, path):
     ax = figure.subplots()
     for name, points in lines.items():
         ax.plot(*zip(*points, strict=True), "o-", label=name)
-    ax.set(xscale="log", xlabel="processor seconds of training", ylabel="kept, %")
+    ax.set(xscale="log", xlabel="processor seconds of training, and of making images",
+           ylabel="kept, %")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter("{x:.0f}")
     ax.minorticks_off()
-    figure.legend(loc="outside right upper", frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     plots.write(figure, path)
