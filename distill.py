@@ -66,7 +66,7 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     """
     cfg, out, laps = filled(cfg or Config(), **DEFAULTS), out and Path(out), records.Laps()
     teacher, student = freeze(wrap(teacher)), wrap(student)
-    pixel_weight, channel_weight = parse_losses(cfg.kd)
+    pixel_weight, channel_weight, temperature = parse_losses(cfg.kd)
     # --align: photographs are read in the private colours, here and in every later step.
     prepare = private_colours(teacher, size) if cfg.align == "transfer-first" else None
     pool = Pool(pool if isinstance(pool, list) else find_images(pool), size, prepare)
@@ -100,7 +100,8 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     weights = weights.to(device)
     trainer = Training(student, cfg.steps, cfg.lr, cfg.seed, pick_amp(cfg.amp, device),
                        out and out / "state.pt")
-    ask = partial(answers_of, folded(teacher, size), like=logit_size, precision=trainer.precision())
+    ask = partial(answers_of, folded(teacher, size), like=logit_size, temperature=temperature,
+                  precision=trainer.precision())
     views = Views(found["files"], size, cfg.seed, prepare=prepare)
     batches = Batches(views, cfg.batch_size, keep(ask, views, cfg, device, out))
     for progress, images, slots, answers in trainer.batches(batches, cfg.workers):
@@ -143,7 +144,8 @@ class Config(Labels, Running):      # and: data_root, download, num_classes; see
     schedule: str = method("linear", "relax weights to 1, keep them, or have none", SCHEDULES)
     align: str = method("none", "give photographs the private colours before choosing (ours)",
                         ("none", "transfer-first"))
-    kd: str = method("pixelwise+channelwise", "losses, as in pixelwise+10*channelwise")
+    kd: str = method("pixelwise+channelwise", "losses, as in pixelwise+10*channelwise; @0.4 "
+                     "behind them makes the teacher's answers surer (its temperature)")
     views: int | None = training(None, "views of a photograph, answered once each; 0: always new "
                                  "(default: 24; 8 for the built-in scenes)")
     steps: int | None = training(None, "number of updates (default: 7200; 500 for the built-in "

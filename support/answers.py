@@ -77,13 +77,14 @@ def folded(teacher, size):
 
 
 @torch.no_grad()
-def answers_of(teacher, images, like, precision=None):
+def answers_of(teacher, images, like, precision=None, temperature=1.0):
     """Return the teacher's logits at `like` = (h, w), float32: (B, 3, H, W) -> (B, K, h, w).
 
-    precision: context in which it computes.
+    precision: context in which it computes. temperature: what its logits are divided by; below 1
+    its answers are surer (sharpening, as DINO does, arXiv 2104.14294).
     """
     with precision or nullcontext():
-        return resized(teacher(images).float(), like)
+        return resized(teacher(images).float(), like) / temperature
 
 
 def half_tensor(shape, folder):

@@ -119,15 +119,20 @@ def filled(cfg, **defaults):
 
 
 def parse_losses(text):
-    """Return the factors (pixel-wise, channel-wise) of a sum: "pixelwise+10*channelwise": (1, 10).
+    """Return the factors (pixel-wise, channel-wise) of a sum, and the teacher's temperature.
+
+    "pixelwise+10*channelwise": (1, 10, 1), "pixelwise+channelwise@0.4": (1, 1, 0.4).
     """
-    factors = {"pixelwise": 0.0, "channelwise": 0.0}
-    for term in text.split("+"):
-        found = re.fullmatch(r"(?:(\d+(?:\.\d+)?)\*)?(\w+)", term)
-        if not found or factors.get(found[2]) != 0:
-            raise ValueError(f"--kd {text!r} is no sum of losses, such as pixelwise+10*channelwise")
+    total, at, temperature = text.partition("@")
+    number, factors = r"(\d+(?:\.\d+)?)", {"pixelwise": 0.0, "channelwise": 0.0}
+    wrong = at and not (re.fullmatch(number, temperature) and float(temperature))
+    for term in total.split("+"):
+        found = re.fullmatch(rf"(?:{number}\*)?(\w+)", term)
+        if wrong or not found or factors.get(found[2]) != 0:
+            raise ValueError(f"--kd {text!r} is no sum of losses, such as pixelwise+10*channelwise"
+                             ", or pixelwise+channelwise@0.4, with the teacher's temperature")
         factors[found[2]] = float(found[1] or 1)
-    return tuple(factors.values())
+    return *factors.values(), float(temperature or 1)
 
 
 # ---------------------------------------------------------------- where a run computes

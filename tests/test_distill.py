@@ -397,6 +397,22 @@ def test_a_coarse_student_meets_its_teacher_at_the_teachers_size(pool_folder, mo
     assert seen == [((10, 18), (10, 18), torch.float32)] * 2
 
 
+@pytest.mark.parametrize("views", [2, 0])
+def test_the_teachers_temperature_divides_its_logits_and_not_the_students(
+        pool_folder, monkeypatch, views):
+    teacher, seen = with_random_statistics(build_model("resnet_tiny", 7)), []
+    monkeypatch.setattr(distill, "pixelwise_kd",
+                        lambda *both: seen.append([x.detach().float() for x in both])
+                        or both[0].mean((1, 2, 3)))
+    for kd in ("pixelwise", "pixelwise@0.4"):
+        torch.manual_seed(0)
+        distill.distill(teacher, build_model("resnet_tiny", 7), pool_folder, (32, 48),
+                        distill.Config(budget=4, steps=1, batch_size=4, views=views, kd=kd))
+    (logits, answers), (same, surer) = seen
+    assert torch.equal(logits, same)
+    torch.testing.assert_close(surer, 2.5 * answers, rtol=2e-3, atol=1e-3)    # kept in float16
+
+
 def test_the_python_api_takes_a_list_of_files_and_keeps_a_record_to_go_on_from(
         pool_folder, tmp_path, monkeypatch):
     files = [str(path) for path in sorted(pool_folder.iterdir())[:12]]

@@ -103,11 +103,11 @@ def test_whole_numbers_may_stand_for_others_and_none_where_it_is_declared():
 
 
 def test_a_sum_of_losses_gives_a_factor_for_each():
-    assert parse_losses("pixelwise") == (1, 0) and parse_losses("0.5*channelwise") == (0, 0.5)
-    assert parse_losses("pixelwise+10*channelwise") == (1, 10)
-    assert parse_losses("channelwise+pixelwise") == (1, 1)
+    assert parse_losses("pixelwise") == (1, 0, 1) and parse_losses("0.5*channelwise") == (0, 0.5, 1)
+    assert parse_losses("pixelwise+10*channelwise@0.4") == (1, 10, 0.4)
+    assert parse_losses("channelwise+pixelwise") == (1, 1, 1)
     for text in ("", "telepathy", "pixelwise+", "-1*pixelwise", "pixelwise+pixelwise", "2pixelwise",
-                 "pixelwise*2"):
+                 "pixelwise*2", "pixelwise@", "pixelwise@0", "pixelwise@-1", "@2", "pixelwise@1@1"):
         with pytest.raises(ValueError, match="is no sum of losses, such as pixelwise"):
             parse_losses(text)
 

@@ -216,6 +216,7 @@ def test_answers_are_the_teachers_logits_at_the_students_stride():
     images, network = torch.rand(2, 3, 16, 24), teacher()
     logits = network(images)
     torch.testing.assert_close(answers_of(network, images, (16, 24)), logits)
+    torch.testing.assert_close(answers_of(network, images, (16, 24), temperature=0.4), 2.5 * logits)
     small = answers_of(network, images, (4, 6))
     torch.testing.assert_close(small, F.interpolate(logits, (4, 6), mode="bilinear",
                                                     antialias=True))
