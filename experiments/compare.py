@@ -34,7 +34,7 @@ from support.records import begun, differences, read_csv
 
 UNIFORM, KL, COLOURS = "--schedule uniform", "--metric kl", "--align transfer-first"
 LOSS = "--kd pixelwise+10*channelwise"
-RECIPE = f"{KL} {COLOURS} {LOSS} {UNIFORM}"
+RECIPE = f"{KL} {COLOURS} {LOSS}@0.4 {UNIFORM}"
 STEPS = (600, 2400, 7200, 14400)
 # The first row of a preset is the one that the others are compared with. {pool} is the folder that
 # the common options name, {original} the training images below their --data-root.
@@ -69,7 +69,8 @@ PRESETS = {
                "without weights": UNIFORM,
                "+ kl distance": f"{KL} {UNIFORM}",
                "+ private colours": f"{KL} {COLOURS} {UNIFORM}",
-               "+ channel-wise loss ten times (recipe)": RECIPE},
+               "+ channel-wise loss ten times": f"{KL} {COLOURS} {LOSS} {UNIFORM}",
+               "+ surer answers (recipe)": RECIPE},
     "weights": series({f"{name}, {files} files": f"{words} --budget {budget}"
                        for files, budget in (("all", 0), ("800", 800), ("400", 400))
                        for name, words in WEIGHTS.items()}, (600, 1200, 2400)),
