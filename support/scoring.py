@@ -93,16 +93,23 @@ def read_scores(path):
     return torch.from_numpy(np.fromfile(path, dtype=np.float32))
 
 
-def unusable(pool, scores):
-    """Return why files of the pool cannot be used, a line each; ValueError if that is most of it.
-    """
-    reasons = []
+def unreadable(pool, scores):
+    """Return {number: why it cannot be read, or None} for the files of the pool without a score."""
+    reasons = {}
     for i in (~scores.isfinite()).nonzero().flatten().tolist():
         try:
             pool.view(i)
-            reasons.append(f"{pool.files[i]}: it could not be scored")
+            reasons[i] = None
         except ValueError as error:
-            reasons.append(str(error))
+            reasons[i] = str(error)
+    return reasons
+
+
+def unusable(pool, scores):
+    """Return why files of the pool cannot be used, a line each; ValueError if that is most of it.
+    """
+    reasons = [why or f"{pool.files[i]}: it could not be scored"
+               for i, why in unreadable(pool, scores).items()]
     if len(reasons) > len(pool) / 2:
         raise ValueError(f"{len(reasons)} of {len(pool)} files of the pool cannot be used, more "
                          f"than half; the first is {reasons[0]}")
@@ -119,7 +126,9 @@ def scan(rule, pool, device, workers=0, out=None, key=None):
     """
     store = key and STORE / f"{key}.f32"
     part = out and key and Path(out) / f"{key}.part"  # goes on only with this pool and this teacher
-    scores = together.told(read_scores(store))
+    scores = read_scores(store)[:len(pool)]
+    # A file that could not be read then, and can be now, was out of reach for a while.
+    scores = together.told(scores if all(unreadable(pool, scores).values()) else scores[:0])
     if len(scores) == len(pool):
         return scores, unusable(pool, scores)
     scores = read_scores(part)

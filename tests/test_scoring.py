@@ -125,6 +125,14 @@ def test_a_broken_and_a_vanished_file_score_nan_and_are_named(teacher, pool):
         assert "04.png: Unidentified" in first and "07.png: FileNotFound" in second
 
 
+def test_a_file_that_can_be_read_again_gets_its_score(teacher, pool, tmp_path):
+    away = pool.files[4].rename(tmp_path / "away")
+    assert scan(teacher, pool, key="key")[0].isnan().sum() == 1
+    away.rename(pool.files[4])
+    scores, skipped = scan(teacher, pool, key="key")
+    assert not skipped and torch.equal(scores, scan(teacher, pool)[0])
+
+
 def test_a_score_that_is_not_finite_is_named_and_more_than_half_of_them_stop(pool):
     scores = torch.arange(30.0)
     scores[:15] = torch.inf
