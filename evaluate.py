@@ -68,14 +68,15 @@ def summary(matrix):
 def evaluate(model, loader, num_classes, reference=None, device=None, ignore_index=255):
     """Return the `summary` of a model over labelled images: `miou`, `iou` (K,), `matrix` and more.
 
-    model: from images to logits (B, K, of any size), put in eval mode; networks of another kind:
-    `models.wrap`.
+    model: from images to logits (B, K, of any size), put in eval mode, as is `reference`; networks
+    of another kind: `models.wrap`.
     loader: yields (images (B, 3, H, W) float in [0, 1] or uint8, targets (B, h, w)); logits are
     resized to the targets. reference: a second model that takes the place of the targets; the
     loader's are then only read where they say `ignore_index`, and may be None.
     """
-    if getattr(model, "training", False):
-        model.eval()                        # a pass in training mode would change its statistics
+    for network in (model, reference):
+        if getattr(network, "training", False):
+            network.eval()                  # a pass in training mode would change its statistics
     device = device or next(model.parameters()).device
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     for images, targets in loader:

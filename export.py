@@ -87,6 +87,8 @@ def main(argv=None):
         models["teacher"] = load_model(cfg.teacher)
     models["student"] = student = load_model(cfg.checkpoint)
     size = cfg.image_size or student.image_size
+    if size is None:
+        raise ValueError(f"{cfg.checkpoint} does not say its image size; give --image-size")
     if cfg.out:
         export(student, cfg.out, size)
         print(f"{cfg.out} gives the same masks as {cfg.checkpoint}, for any batch and size")

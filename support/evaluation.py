@@ -53,6 +53,7 @@ def write_masks(model, folder, out, size, device, overlay=False):
     unreadable files are named and skipped. overlay: beside each mask a JPEG of it and the image,
     half and half.
     """
+    model.eval()
     palette = np.array(class_colours(model.class_names), dtype=np.uint8).flatten().tolist()
     files, written = find_images(folder), 0
     if Path(folder).resolve() in (Path(out).resolve(), *Path(out).resolve().parents):
@@ -86,7 +87,11 @@ def main(argv=None):
     device = pick_device(cfg.device)
     model = load_model(cfg.checkpoint).to(device)
     size = cfg.image_size or model.image_size
+    if size is None:
+        raise ValueError(f"{cfg.checkpoint} does not say its image size; give --image-size")
     if cfg.images:
+        if not Path(cfg.images).is_dir():
+            raise ValueError(f"--images {cfg.images} is no folder; name one of images")
         if not cfg.out:
             raise ValueError("--out is missing; name a folder for the masks")
         count = write_masks(model, cfg.images, cfg.out, size, device, cfg.overlay)

@@ -162,6 +162,9 @@ def test_a_reference_takes_the_place_of_the_targets():
     full = slow_matrix(predict(model, images, (16, 24)), predict(other, images, (16, 24)), 3)
     assert evaluate(model, bare, 3, reference=other)["matrix"].tolist() == full
     assert evaluate(model, bare, 3, reference=model)["pixel_accuracy"] == 1
+    other.insert(1, nn.BatchNorm2d(8))
+    evaluate(model, batches, 3, reference=other.train())
+    assert not other.training and not other[1].running_mean.any()
 
 
 def test_the_report_has_a_line_a_class_and_a_dash_for_an_absent_one():
@@ -306,8 +309,14 @@ def test_the_command_line_writes_masks_for_a_folder(photographs, tmp_path):
     assert Image.open(tmp_path / "masks" / "a.png").size == (50, 40)
     with pytest.raises(ValueError, match="--out is missing"):
         main(words)
-    with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
-        main([*words[:2], "--images", str(tmp_path / "nowhere"), "--out", str(tmp_path / "masks")])
+    for wrong in ("nowhere", "m.pt"):
+        with pytest.raises(ValueError, match="--images .* is no folder"):
+            main([*words[:2], "--images", str(tmp_path / wrong), "--out", str(tmp_path / "masks")])
+    sizeless = camvid_model()
+    sizeless.image_size = None
+    save_model(sizeless, tmp_path / "n.pt")
+    with pytest.raises(ValueError, match="n.pt does not say its image size; give --image-size"):
+        main(["--checkpoint", str(tmp_path / "n.pt"), *words[2:], "--out", str(tmp_path / "more")])
     with pytest.raises(ValueError, match="--checkpoint is missing"):
         main([])
     with pytest.raises(ValueError, match="torch cannot compute on --device cuda:99 here"):

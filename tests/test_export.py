@@ -95,5 +95,9 @@ def test_what_is_missing_is_said(tmp_path):
     model = checkpoint(tmp_path / "student.pt")
     with pytest.raises(ValueError, match=r"\(32, 24\) is too small"):
         export.export(model, tmp_path / "s.pt2", (32, 24))
+    model.image_size = None
+    save_model(model, tmp_path / "sizeless.pt")
+    with pytest.raises(ValueError, match="sizeless.pt does not say its image size"):
+        export.main(["--checkpoint", str(tmp_path / "sizeless.pt")])
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         export.main(["--checkpoint", str(tmp_path / "none.pt")])
