@@ -87,6 +87,8 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
 
     # 4. Weight them (WDPD): the nearest 1, the farthest 0. In step 5 all move to 1.
     weights = sample_weights(scores[chosen], cfg.weighting)                        # (budget,)
+    if cfg.sampling == "random":
+        weights = torch.ones_like(weights)                   # random numbers are no distances
     found = {"files": [pool.files[i] for i in chosen.tolist()], "chosen": chosen, "scores": scores,
              "distances": scores[chosen], "weights": weights, "pool": pool, "layers": layers,
              "skipped": skipped, "laps": laps}
@@ -99,7 +101,7 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     #    a photograph (a crop, a flip, a change of light) once, before; with --views 0, each time.
     weights = weights.to(device)
     trainer = Training(student, cfg.steps, cfg.lr, cfg.seed, pick_amp(cfg.amp, device),
-                       out and out / "state.pt")
+                       out and out / "state.pt", about=records.about(cfg, teacher))
     ask = partial(answers_of, folded(teacher, size), like=logit_size, temperature=temperature,
                   precision=trainer.precision())
     views = Views(found["files"], size, cfg.seed, prepare=prepare)

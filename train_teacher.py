@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from evaluate import evaluate, report
 from models import MODELS, build_model
-from support import checkpoint, records, scenes
+from support import checkpoint, records, scenes, together
 from support.data import Batches, Views
 from support.labelled import DATASETS, IGNORE, Labels, check_labels, labels, open_labelled
 from support.options import Running, one_sentence, option, pick_amp, pick_device
@@ -57,6 +57,8 @@ def open_data(cfg, split, size):
 
 def train_teacher(cfg, out):
     """Train as `cfg` says, write teacher.pt to the folder `out`; return its metrics."""
+    if out is None:                            # a process of torchrun beside the first
+        together.leave()
     device = pick_device(cfg.device)
     size = cfg.image_size or DATASETS[cfg.dataset][1]
     data = open_data(cfg, cfg.split, size)

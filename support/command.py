@@ -86,10 +86,10 @@ def tell_choice(found, cfg, out=None):
     """Print what the paragraphs 1 to 4 of the method found; with `out`, write it there, too."""
     distances, weights = found["distances"], found["weights"]
     n = [effective_sample_size(progressive_weights(weights, p, cfg.schedule)) for p in (0, 1)]
-    skipped = len(found["skipped"])
+    skipped, kind = len(found["skipped"]), "distance" if cfg.sampling == "nearest" else "score"
     print(f"1 teacher   {len(found['layers'])} BatchNorm layers read\n"
           f"2 scored    {len(found['scores']) - skipped} images, {skipped} unreadable\n"
-          f"3 chosen    {len(weights)} ({cfg.sampling}), distance {distances[0]:.4g} to "
+          f"3 chosen    {len(weights)} ({cfg.sampling}), {kind} {distances[0]:.4g} to "
           f"{distances[-1]:.4g}, median of the pool {found['scores'].nanmedian():.4g}\n"
           f"4 weighted  {cfg.schedule}; as many as {n[0]:.0f} equally weighted images at the "
           f"start, {n[1]:.0f} at the end")

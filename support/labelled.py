@@ -158,7 +158,7 @@ def paired(images, labels):
 def list_folder(root, part, download):
     """List any folder; the names are empty if no classes.txt tells them.
 
-    A value named "void" or not at all is ignored, and values of one name are one class.
+    A value whose line says "void", or nothing, is ignored, and values of one name are one class.
     """
     known = root / "classes.txt"
     lines = known.read_text("utf-8-sig").rstrip().splitlines() if known.is_file() else []

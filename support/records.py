@@ -43,6 +43,11 @@ def digest(cfg):
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
+def about(cfg, teacher):
+    """Return what tells the state of a run from those of others: options and teacher."""
+    return f"{digest(cfg)} {checkpoint.fingerprint(teacher)}"
+
+
 # ---------------------------------------------------------------- the folder
 
 def begun(out):
@@ -62,10 +67,10 @@ def locked(out):
         try:
             import fcntl
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:                                      # Windows has none
-            pass
-        except OSError as error:
+        except BlockingIOError as error:
             raise ValueError(f"another program is at work in {out}; wait for it") from error
+        except (ImportError, OSError):          # Windows has none, nor have some shared folders
+            pass
         yield
 
 
@@ -150,7 +155,8 @@ def write_choice(out, found):
     files = [str(path) for path in found["files"]]
     if (out / "state.pt").exists() and files != [r[0] for r in read_csv(out / "chosen.csv")[1:]]:
         raise ValueError(f"the run in {out} began with other images of the pool, those in its "
-                         "chosen.csv; put these back and resume, or choose another --out")
+                         "chosen.csv (or where numbers round in another way); put these back "
+                         "and resume, or choose another --out")
     write_csv(out / "chosen.csv", ("file", "distance", "weight"), zip(
         files, found["distances"].tolist(), found["weights"].tolist(), strict=True))
     before = read_csv(out / "skipped.csv")[1:] if (out / "skipped.csv").exists() else []

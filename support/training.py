@@ -15,6 +15,7 @@ Use it
     run.curve                                                     # [(step, mean loss), ...]
 """
 
+import sys
 import time
 from contextlib import closing
 from functools import partial
@@ -46,11 +47,14 @@ class Training:
     """A model in training: optimiser, learning rate, curve, and the state that is kept on disk.
 
     amp: autocast dtype or None. optimiser: one of OPTIMISERS. state_path: where to keep the
-    resumable state; if one is there, training goes on from it.
+    resumable state; if one is there, training goes on from it. about: what tells this run from
+    others, a string; a state that was kept about another is refused.
     """
 
-    def __init__(self, model, steps, lr, seed=0, amp=None, state_path=None, optimiser="adamw"):
+    def __init__(self, model, steps, lr, seed=0, amp=None, state_path=None, optimiser="adamw",
+                 about=None):
         self.model, self.steps, self.lr, self.seed, self.amp = model, steps, lr, seed, amp
+        self.about = about
         self.device, self.path = next(model.parameters()).device, state_path
         # Channels-last is the faster layout in mixed precision. In float32 on a CPU it gains
         # nothing, and there torch 2.14.1 corrupts memory in the backward pass of a strided 1x1
@@ -67,6 +71,8 @@ class Training:
         """Go on from the state in a file; ValueError if it is of another run."""
         state = checkpoint.load(path)
         try:
+            if state["about"] != self.about:
+                raise ValueError("another teacher, or other options")
             self.model.load_state_dict(state["model"])
             self.optimiser.load_state_dict(state["optimiser"])
             self.scaler.load_state_dict(state["scaler"])
@@ -82,7 +88,8 @@ class Training:
             raise ValueError(f"the weights became infinite or NaN by step {self.done}; lower --lr, "
                              "or use --amp off. Nothing bad was saved")
         if self.path:
-            checkpoint.save({"step": self.done, "curve": self.curve, "losses": self.losses,
+            checkpoint.save({"about": self.about, "step": self.done, "curve": self.curve,
+                             "losses": self.losses,
                              "model": self.model.state_dict(), "scaler": self.scaler.state_dict(),
                              "optimiser": self.optimiser.state_dict()}, self.path)
 
@@ -115,9 +122,11 @@ class Training:
         Images become float32 in [0, 1]. OSError for a file that can no longer be read, ValueError
         when the loss is not finite. Whatever stops it, training goes on from the last state.
         """
+        # Forked processes share the kept answers with this one; others would get a copy.
+        fork = "fork" if workers and sys.platform == "linux" else None
         feed = loaded(DataLoader(
             dataset, batch_size=None, sampler=range(self.done, self.steps), num_workers=workers,
-            pin_memory=self.device.type == "cuda"))
+            pin_memory=self.device.type == "cuda", multiprocessing_context=fork))
         self.save()              # from where whoever is stopped and calls again with `model` begins
         self.model.train()
         bar = progress(name=name, initial=self.done, total=self.steps)
@@ -127,7 +136,7 @@ class Training:
                 for group in self.optimiser.param_groups:
                     group["lr"] = learning_rate(t, self.steps, self.lr)
                 # Dropout depends on (seed, t) alone. On a CPU only the low 32 bits of a seed count.
-                torch.manual_seed(1_000_003 * self.seed + t)
+                torch.manual_seed((1_000_003 * self.seed + t) % 2 ** 63)
                 yield t / self.steps, *(x if x is None else as_input(x, self.device) for x in batch)
                 self.done, last = t + 1, t + 1 == self.steps
                 if self.done % CHECK_EVERY == 0 or last:

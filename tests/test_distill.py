@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import dataclasses
 import itertools
 import json
 import os
@@ -292,6 +293,7 @@ def test_a_random_choice_depends_on_the_seed_and_the_scan_of_distances_does_not(
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run(world, "--sampling", "random", "--seed", seed, "--dry-run", out=tmp_path / name)
     assert chosen(tmp_path / "a") == chosen(tmp_path / "b") != chosen(tmp_path / "c")
+    assert {float(row[2]) for row in chosen(tmp_path / "a")} == {1}       # no distance, no weight
     run(world, "--dry-run", out=tmp_path / "d")
     monkeypatch.setattr("support.scoring.score_pool", lambda *_: pytest.fail("scanned again"))
     run(world, "--seed", 1, "--budget", 7, "--dry-run", out=tmp_path / "e")
@@ -436,6 +438,13 @@ def test_the_python_api_takes_a_list_of_files_and_keeps_a_record_to_go_on_from(
     assert identical(students[0].state_dict(), students[1].state_dict())
     assert [row[0] for row in chosen(tmp_path / "run")] == list(map(str, found["files"]))
     assert set(map(str, found["files"])) <= set(files) and found["pool"].files == files
+    with torch.no_grad():
+        another = copy.deepcopy(teacher)
+        list(another.parameters())[-1].add_(1)             # changes answers, but no distance
+    for other, changed in ((teacher, {"lr": 0.1}), (another, {})):
+        with pytest.raises(ValueError, match=r"state\.pt is no state of this run; delete it"):
+            distill.distill(other, UNet(7), files, (32, 64), dataclasses.replace(cfg, **changed),
+                            f"{tmp_path}/run")
 
 
 def test_held_out_images_that_cannot_be_read_stop_the_run_before_it_trains(world, tmp_path):

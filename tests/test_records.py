@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -66,6 +67,14 @@ def test_what_a_killed_program_was_about_to_write_is_no_run(tmp_path):
     (tmp_path / "run" / ".config.json.123").write_text("{")
     with open_run(Config(out=str(tmp_path / "run"))) as out:
         assert out == tmp_path / "run" and (out / "config.json").is_file()
+
+
+def test_a_shared_folder_that_has_no_locks_can_be_used(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")                         # not on Windows
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(
+        OSError(errno.ENOLCK, "No locks available")))
+    with open_run(Config(out=str(tmp_path / "run"))) as out:
+        assert (out / "config.json").is_file()
 
 
 def test_a_folder_is_made_and_belongs_to_one_program_at_a_time(tmp_path):

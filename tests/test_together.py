@@ -20,6 +20,7 @@ from conftest import with_random_statistics
 from PIL import Image
 
 import distill
+import train_teacher
 from models import build_model
 from support import checkpoint
 from support.data import Pool, Views
@@ -164,7 +165,7 @@ def test_a_dead_process_ends_the_run_in_a_sentence_and_any_number_go_on_with_the
 
 @pytest.mark.parametrize(("more", "message"), [
     (["--budget", "1000"], "error: the budget is 1000, but"), (["--kd", "x"], "error: --kd 'x' is"),
-    (["--nothing"], "usage: "), (["--device", "cuda:99"], "error: torch cannot compute on"),
+    (["--nothing"], "usage: "), (["--device", "gpu"], "error: torch cannot compute on"),
     (["--lr", "1e30"], "error: the loss became infinite")])
 def test_a_mistake_is_said_once(world, tmp_path, more, message):
     first, *others = processes(3, words(world, tmp_path / "run", *more), tmp_path)
@@ -202,6 +203,26 @@ def test_each_process_has_a_gpu_of_its_own_or_none(world, tmp_path, monkeypatch)
                                           "--nproc-per-node, or use --device cpu\n")
     assert [said for _, *said in others] == [["", ""]] * 2
     assert sorted(path.name for path in tmp_path.glob("gpu*")) == ["gpu0", "gpu1"]
+
+
+def test_one_gpu_for_several_processes_is_refused(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    first, _ = processes(2, words(world, tmp_path / "run", "--device", "cuda:0"), tmp_path)
+    assert first[2] == "error: --device cuda:0 is one GPU for all 2 processes; use cuda\n"
+
+
+def test_a_teacher_is_trained_by_the_first_process(tmp_path):
+    for kind, mode in (("images", "RGB"), ("labels", "L")):
+        (tmp_path / kind).mkdir()
+        for i in range(2):
+            Image.new(mode, (48, 32)).save(tmp_path / kind / f"{i}.png")
+    first, second = processes(2, (
+        f"--dataset folder --data-root {tmp_path} --num-classes 2 --image-size 32 48 --steps 2 "
+        f"--amp off --model resnet_tiny --batch-size 2 --out {tmp_path}/teacher").split(), tmp_path,
+        train_teacher.main)
+    assert first[0] == 0 and second == (0, "", ""), first
+    assert (tmp_path / "teacher" / "teacher.pt").exists()
 
 
 def test_a_program_with_processes_of_its_own_may_distil_in_one_of_them(world, tmp_path):

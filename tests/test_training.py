@@ -136,6 +136,9 @@ def test_the_state_of_another_run_is_refused_with_its_name(tmp_path):
     train(network(), 2, state_path=tmp_path / "s.pt")
     with pytest.raises(ValueError, match=r"s\.pt is no state of this run; delete it to begin anew"):
         Training(nn.Conv2d(3, 5, 1), 2, 0.1, state_path=tmp_path / "s.pt")
+    train(network(), 2, state_path=tmp_path / "t.pt", about="that")
+    with pytest.raises(ValueError, match=r"t\.pt is no state of this run"):
+        Training(network(), 2, 0.1, state_path=tmp_path / "t.pt", about="this")
     checkpoint.save({"step": 1}, tmp_path / "s.pt")
     with pytest.raises(ValueError, match=r"s\.pt is no state of this run"):
         Training(network(), 2, 0.1, state_path=tmp_path / "s.pt")
@@ -144,6 +147,10 @@ def test_the_state_of_another_run_is_refused_with_its_name(tmp_path):
 def test_the_number_of_loader_workers_does_not_matter(often):
     alone, *others = (train(network(), 9, workers=workers) for workers in (0, 1, 2))
     assert all(same(alone, other) for other in others)
+
+
+def test_a_time_stamp_may_be_the_seed():
+    assert train(network(), 2, seed=20251125123456).done == 2
 
 
 def test_dropout_depends_on_seed_and_step_alone():
