@@ -90,7 +90,7 @@ def main(argv=None):
     if size is None:
         raise ValueError(f"{cfg.checkpoint} does not say its image size; give --image-size")
     if cfg.images:
-        if not Path(cfg.images).is_dir():
+        if Path(cfg.images).is_file():
             raise ValueError(f"--images {cfg.images} is no folder; name one of images")
         if not cfg.out:
             raise ValueError("--out is missing; name a folder for the masks")

@@ -145,7 +145,7 @@ def pick_device(name):
     if name.startswith("cuda") and 0 < torch.cuda.device_count() < here:
         raise ValueError(f"there are {here} processes but {torch.cuda.device_count()} GPUs here; "
                          "lower --nproc-per-node, or use --device cpu")
-    if here > 1 and ":" in name:
+    if here > 1 and ":" in name and torch.cuda.device_count():
         raise ValueError(f"--device {name} is one GPU for all {here} processes; use cuda")
     try:
         device = torch.device(name)

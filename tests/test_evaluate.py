@@ -309,9 +309,10 @@ def test_the_command_line_writes_masks_for_a_folder(photographs, tmp_path):
     assert Image.open(tmp_path / "masks" / "a.png").size == (50, 40)
     with pytest.raises(ValueError, match="--out is missing"):
         main(words)
-    for wrong in ("nowhere", "m.pt"):
-        with pytest.raises(ValueError, match="--images .* is no folder"):
-            main([*words[:2], "--images", str(tmp_path / wrong), "--out", str(tmp_path / "masks")])
+    with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
+        main([*words[:2], "--images", str(tmp_path / "nowhere"), "--out", str(tmp_path / "masks")])
+    with pytest.raises(ValueError, match="--images .*m.pt is no folder"):
+        main([*words[:2], "--images", str(tmp_path / "m.pt"), "--out", str(tmp_path / "masks")])
     sizeless = camvid_model()
     sizeless.image_size = None
     save_model(sizeless, tmp_path / "n.pt")

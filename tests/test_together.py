@@ -165,7 +165,7 @@ def test_a_dead_process_ends_the_run_in_a_sentence_and_any_number_go_on_with_the
 
 @pytest.mark.parametrize(("more", "message"), [
     (["--budget", "1000"], "error: the budget is 1000, but"), (["--kd", "x"], "error: --kd 'x' is"),
-    (["--nothing"], "usage: "), (["--device", "gpu"], "error: torch cannot compute on"),
+    (["--nothing"], "usage: "), (["--device", "cuda:99"], "error: torch cannot compute on"),
     (["--lr", "1e30"], "error: the loss became infinite")])
 def test_a_mistake_is_said_once(world, tmp_path, more, message):
     first, *others = processes(3, words(world, tmp_path / "run", *more), tmp_path)
