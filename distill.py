@@ -59,10 +59,9 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
 
     teacher, student: modules on one device, from RGB in [0, 1] to logits of the same classes (see
     `models.wrap`). pool: a folder, or a list of files. size: (H, W). out: folder for a record from
-    which an interrupted run goes on. Freezes `teacher`, and trains `student` in place and leaves it
-    in eval mode. Returns a dict: files, distances and weights of the chosen, nearest first; their
-    places in the pool (chosen); pool, scores, skipped (why), layers, laps (times); and curve, the
-    loss, but for a dry run, which ends before step 5.
+    which an interrupted run goes on. Freezes `teacher`, trains `student` in place and leaves it in
+    eval mode. Returns a dict: files, distances and weights of the chosen, nearest first, and their
+    places in the pool (chosen); pool, scores, skipped (why), layers, laps; curve, but for dry runs.
     """
     cfg, out, laps = filled(cfg or Config(), **DEFAULTS), out and Path(out), records.Laps()
     teacher, student = freeze(wrap(teacher)), wrap(student)
@@ -85,10 +84,8 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     # 3. Sample a budget of the nearest (ADS).
     chosen = sample(scores, cfg.budget or int(scores.isfinite().sum()))            # (budget,)
 
-    # 4. Weight them (WDPD): the nearest 1, the farthest 0. In step 5 all move to 1.
-    weights = sample_weights(scores[chosen], cfg.weighting)                        # (budget,)
-    if cfg.sampling == "random":
-        weights = torch.ones_like(weights)                   # random numbers are no distances
+    # 4. Weight them (WDPD): the nearest 1, the farthest 0 (random: all 1). In step 5 all move to 1.
+    weights = sample_weights(scores[chosen] * (cfg.sampling != "random"), cfg.weighting)
     found = {"files": [pool.files[i] for i in chosen.tolist()], "chosen": chosen, "scores": scores,
              "distances": scores[chosen], "weights": weights, "pool": pool, "layers": layers,
              "skipped": skipped, "laps": laps}
