@@ -84,12 +84,14 @@ PRESETS = {
               "late third of the layers": f"--layers late {UNIFORM}",
               "kl distance": f"{KL} {UNIFORM}",
               "random, street views only": f"--pool {{pool}}/street --sampling random {UNIFORM}",
-              "nearest, street views only": f"--pool {{pool}}/street {UNIFORM}"},
+              "nearest, street views only": f"--pool {{pool}}/street {UNIFORM}"}
+             | {f"nearest, {n} street views": f"--pool {{pool}}-{n} {UNIFORM}"
+                for n in (0, 25, 100)},
     "generators": series(some("random", "nearest (ADS)", "recipe", "original images")
                          | {"DeepInversion": MADE_UP,
                             "DeepInversion, ten times channel-wise": f"{MADE_UP} {LOSS}"}, STEPS),
-    "structure": {"whole scenes": f"--pool runs/whole --budget 0 {UNIFORM}",
-                  "4x4 tiles, shuffled": f"--pool runs/tiles --budget 0 {UNIFORM}"},
+    "structure": {"whole scenes": f"--pool {{pool}}/whole --budget 0 {UNIFORM}",
+                  "4x4 tiles, shuffled": f"--pool {{pool}}/tiles --budget 0 {UNIFORM}"},
     "scenes": some("random", "nearest, progressive weights (DFSS)")
               | {"the same by kl distance": KL},
 }
