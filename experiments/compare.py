@@ -37,7 +37,8 @@ LOSS = "--kd pixelwise+10*channelwise"
 RECIPE = f"{KL} {COLOURS} {LOSS}@0.4 {UNIFORM}"
 STEPS = (600, 2400, 7200, 14400)
 # The first row of a preset is the one that the others are compared with. {pool} is the folder that
-# the common options name, {original} the training images below their --data-root.
+# the common options name ({pool}-25: a copy with 25 of its street views, say), {original} the
+# training images below their --data-root.
 HEADLINE = {"random": f"--sampling random {UNIFORM}",
             "confidence": f"--sampling confidence {UNIFORM}",
             "the whole pool": f"--budget 0 {UNIFORM}",
