@@ -117,7 +117,9 @@ def unusable(pool, scores):
 
 
 def scan(rule, pool, device, workers=0, out=None, key=None):
-    """Return (scores (N,) float32, NaN for a file that cannot be used; the reasons, a line each).
+    """Return (scores (N,) float32; why files cannot be used, a line each).
+
+    The score is NaN for a file that cannot be read, infinity for one whose score is not finite.
 
     rule: maps (images (B, 3, H, W) in [0, 1], their numbers in the pool (B,)) to scores (B,). out:
     folder of the run; batches are appended to a file in it, from which an interrupted scan goes on.
@@ -128,7 +130,8 @@ def scan(rule, pool, device, workers=0, out=None, key=None):
     part = out and key and Path(out) / f"{key}.part"  # goes on only with this pool and this teacher
     scores = read_scores(store)[:len(pool)]
     # A file that could not be read then, and can be now, was out of reach for a while.
-    scores = together.told(scores if all(unreadable(pool, scores).values()) else scores[:0])
+    still = all(why for i, why in unreadable(pool, scores).items() if scores[i].isnan())
+    scores = together.told(scores if still else scores[:0])
     if len(scores) == len(pool):
         return scores, unusable(pool, scores)
     scores = read_scores(part)
@@ -140,7 +143,8 @@ def scan(rule, pool, device, workers=0, out=None, key=None):
     def score_batch(batch):
         numbers, images, readable = batch
         found = rule(as_input(images, device), numbers.to(device))                # (B,)
-        found = found.float().cpu().masked_fill(~readable, torch.nan)
+        found = found.float().cpu().nan_to_num(torch.inf, torch.inf, torch.inf)
+        found = found.masked_fill(~readable, torch.nan)
         found = torch.cat(together.gathered(found, BATCH) or [found])             # (n B,)
         found = found[:len(pool) - int(numbers[0])]                               # no padding
         if part:

@@ -143,6 +143,21 @@ def test_a_score_that_is_not_finite_is_named_and_more_than_half_of_them_stop(poo
         unusable(pool, scores)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_file_without_a_finite_score_is_not_scored_again_by_the_next_run(pool, bad):
+    asked = []
+
+    def rule(images, numbers):
+        asked.append(numbers)
+        return torch.where(numbers == 4, bad, numbers.float())
+
+    for _ in ("computed", "read"):
+        scores, (reason,) = scoring.scan(rule, pool, torch.device("cpu"), key="key")
+        assert scores.isinf().nonzero().flatten().tolist() == [4]
+        assert reason == f"{pool.files[4]}: it could not be scored"
+        assert len(asked) == 2                                   # batches of 30 files
+
+
 def test_the_mean_shift_is_the_root_mean_square_of_standardised_channel_means(teacher, pool):
     layers, indices = bn_layers(teacher), list(range(3, 25))     # two batches, the second smaller
     with torch.no_grad(), capture_bn_inputs(teacher) as captured:
