@@ -81,6 +81,7 @@ PRESETS = {
     "found": {"nearest (ADS)": UNIFORM,
               "first layer alone": f"--layers 0 {UNIFORM}",
               "layer 10 alone, of 0 to 20": f"--layers 10 {UNIFORM}",
+              "early third of the layers": f"--layers early {UNIFORM}",
               "middle third of the layers": f"--layers middle {UNIFORM}",
               "late third of the layers": f"--layers late {UNIFORM}",
               "kl distance": f"{KL} {UNIFORM}",
