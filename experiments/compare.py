@@ -78,15 +78,13 @@ PRESETS = {
     "length": series(some("original images", "nearest (ADS)", "recipe", "random"), STEPS),
     "budget": series(some("random", "nearest (ADS)"), (50, 100, 200, 400, 800, 1600),
                      "--budget", "files") | some("the whole pool"),
-    "found": {"nearest (ADS)": UNIFORM,
-              "first layer alone": f"--layers 0 {UNIFORM}",
-              "layer 10 alone, of 0 to 20": f"--layers 10 {UNIFORM}",
-              "early third of the layers": f"--layers early {UNIFORM}",
-              "middle third of the layers": f"--layers middle {UNIFORM}",
-              "late third of the layers": f"--layers late {UNIFORM}",
-              "kl distance": f"{KL} {UNIFORM}",
-              "random, street views only": f"--pool {{pool}}/street --sampling random {UNIFORM}",
-              "nearest, street views only": f"--pool {{pool}}/street {UNIFORM}"}
+    "found": {"nearest (ADS)": UNIFORM, "first layer alone": f"--layers 0 {UNIFORM}"}
+             | {f"layer {n} alone, of 0 to 20": f"--layers {n} {UNIFORM}" for n in (5, 10, 15)}
+             | {f"{third} third of the layers": f"--layers {third} {UNIFORM}"
+                for third in ("early", "middle", "late")}
+             | {"kl distance": f"{KL} {UNIFORM}",
+                "random, street views only": f"--pool {{pool}}/street --sampling random {UNIFORM}",
+                "nearest, street views only": f"--pool {{pool}}/street {UNIFORM}"}
              | {f"nearest, {n} street views": f"--pool {{pool}}-{n} {UNIFORM}"
                 for n in (0, 25, 100)},
     "generators": series(some("random", "nearest (ADS)", "recipe", "original images")
