@@ -171,7 +171,7 @@ def run(cfg, out):
     size, student = teacher.image_size, new_student(cfg, teacher)
     found = distill(teacher, student, files, size, cfg, out)
     if cfg.dry_run:
-        return command.shown(found, teacher, out)
+        return command.shown(found, teacher, out, cfg.sampling)
     checkpoint.save_model(student, out / "student.pt")
     records.write_csv(out / "curve.csv", ("step", "loss"), found["curve"])
     return command.reported(cfg, out, teacher, student, found, held_out, laps)

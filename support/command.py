@@ -97,11 +97,11 @@ def tell_choice(found, cfg, out=None):
         records.write_choice(out, found)
 
 
-def shown(found, teacher, out):
+def shown(found, teacher, out, sampling):
     """Say and draw whether the pool of a dry run fits the teacher; return its metrics."""
     together.leave()
     print(verdict(teacher, found))
-    plots.pool_check(found, teacher.image_size, teacher, out / "pool.png")
+    plots.pool_check(found, teacher.image_size, teacher, out / "pool.png", sampling)
     print(f"dry run: nothing was trained; see {out / 'pool.png'}")
     return {"pool_images": len(found["scores"]) - len(found["skipped"]), "out": str(out)}
 
@@ -117,7 +117,7 @@ def reported(cfg, out, teacher, student, found, held_out, laps):
     found["laps"]("evaluation")
     metrics = records.metrics(cfg, results, teacher, found, {**laps, **found["laps"]})
     plots.story(found, teacher.image_size, cfg.schedule, teacher, student, held_out,
-                Path(out) / "figure.png")
+                Path(out) / "figure.png", cfg.sampling)
     checkpoint.save_json(metrics, out / "metrics.json")   # last: with it, a run counts as finished
     (out / "state.pt").unlink(missing_ok=True)
     print(records.closing(metrics, out))

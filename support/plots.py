@@ -19,6 +19,10 @@ from support.data import load_image, view
 from support.labelled import WHITE, class_colours
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#a0aec0"
+# What the scores of each --sampling are, and what the smallest and the largest of them mean.
+SCORES = {"nearest": ("distance to the teacher's training data", "Nearest", "Farthest"),
+          "confidence": ("1 - the teacher's confidence", "Most confident", "Least confident"),
+          "random": ("number drawn at random", "First drawn", "Last drawn")}
 
 
 def write(figure, path):
@@ -54,36 +58,38 @@ def legend(figure, class_names):
                   fontsize=8, frameon=False)
 
 
-def histogram(ax, scores, chosen):
-    """Draw the distances of the pool and, in colour, of the chosen images."""
+def histogram(ax, scores, chosen, sampling):
+    """Draw the scores of the pool and, in colour, of the chosen images."""
     d = scores[scores.isfinite()]
     top = float(np.quantile(d, 0.99))
     bins = np.linspace(float(d.min()), top, 50)
     ax.hist(d.clamp(max=top), bins, color=GREY, label=f"pool, {len(d)} images")
     ax.hist(scores[chosen].clamp(max=top), bins, color=BLUE, label=f"chosen, {len(chosen)}")
-    ax.set(xlabel="distance to the teacher's training data (last bin: all beyond)", ylabel="images",
-           title="2, 3  Score the pool, keep the nearest")
+    what, first, _ = SCORES[sampling]
+    ax.set(xlabel=f"{what} (last bin: all beyond)", ylabel="images",
+           title=f"2, 3  Score the pool, keep the {first.lower()}")
     ax.legend(frameon=False, fontsize=8)
 
 
-def weight_curves(ax, weights, schedule):
+def weight_curves(ax, weights, schedule, sampling):
     """Draw how the weights of the nearest, the middle and the farthest image move in training."""
+    _, first, last = SCORES[sampling]
     progress = np.linspace(0, 1, 50)
     curves = torch.stack([progressive_weights(weights, float(p), schedule) for p in progress])
-    ranks = {"nearest": 0, "first quarter": len(weights) // 4, "median": len(weights) // 2,
-             "farthest": -1}
+    ranks = {first.lower(): 0, "first quarter": len(weights) // 4, "median": len(weights) // 2,
+             last.lower(): -1}
     for shade, (name, rank) in zip((1, 0.75, 0.5, 0.3), ranks.items(), strict=True):
         ax.plot(100 * progress, curves[:, rank], color=ORANGE, alpha=shade, lw=2, label=name)
     ax.set(xlabel="training, %", ylabel="weight", ylim=(0, 1.05), title=f"4  Weights ({schedule})")
     ax.legend(frameon=False, fontsize=8)
 
 
-def pool_rows(figures, chosen, size, columns=10):
+def pool_rows(figures, chosen, size, sampling, columns=10):
     """Fill two subfigures with the nearest and the farthest images of the pool; return which."""
     d = chosen["scores"]
     order = sample(d, int(d.isfinite().sum())).tolist()
     shown = order[:columns], order[-columns:]
-    for figure, indices, name in zip(figures, shown, ("Nearest", "Farthest"), strict=True):
+    for figure, indices, name in zip(figures, shown, SCORES[sampling][1:], strict=True):
         paths = [chosen["pool"].files[i] for i in indices]
         pictures = [np.asarray(view(load_image(path, size), size)) for path in paths]
         strip(figure, pictures, f"{name} in the pool", [f"{d[i]:.3g}" for i in indices])
@@ -101,12 +107,12 @@ def heat(figure, teacher, chosen, indices):
     strip(figure, pictures, "and which of their regions are foreign (red: 1 and above, regions.py)")
 
 
-def pool_check(chosen, size, teacher, path):
+def pool_check(chosen, size, teacher, path, sampling="nearest"):
     """Write the figure of `--dry-run`: histogram, nearest and farthest images, foreign regions."""
     figure = Figure(figsize=(11, 7.6), layout="constrained")
     parts = figure.subfigures(5, 1, height_ratios=(2, 1, 1, 1, 1))
-    histogram(parts[0].subplots(), chosen["scores"], chosen["chosen"])
-    shown = pool_rows(parts[1::2], chosen, size)
+    histogram(parts[0].subplots(), chosen["scores"], chosen["chosen"], sampling)
+    shown = pool_rows(parts[1::2], chosen, size, sampling)
     for part, indices in zip(parts[2::2], shown, strict=True):
         heat(part, teacher, chosen, indices)
     write(figure, path)
@@ -120,7 +126,7 @@ def examples(data, count=5):
     return [(x, y) if x.dim() == 4 else (x[None], y[None]) for x, y in picked]
 
 
-def story(chosen, size, schedule, teacher, student, data, path):
+def story(chosen, size, schedule, teacher, student, data, path, sampling="nearest"):
     """Write the figure of a run: from the pool to the student's masks.
 
     data: labelled loader, or a list of (images, None). Masks are drawn in the data set's colours.
@@ -142,9 +148,9 @@ def story(chosen, size, schedule, teacher, student, data, path):
     legend(figure, teacher.class_names)
     parts = figure.subfigures(3 + len(rows), 1, height_ratios=[2.6, 1, 1] + [1.35] * len(rows))
     left, right = parts[0].subplots(1, 2, width_ratios=(3, 2))
-    histogram(left, chosen["scores"], chosen["chosen"])
-    weight_curves(right, chosen["weights"], schedule)
-    pool_rows(parts[1:3], chosen, size)
+    histogram(left, chosen["scores"], chosen["chosen"], sampling)
+    weight_curves(right, chosen["weights"], schedule, sampling)
+    pool_rows(parts[1:3], chosen, size, sampling)
     for part, (name, pictures) in zip(parts[3:], rows.items(), strict=True):
         strip(part, pictures, name)
     write(figure, path)

@@ -178,6 +178,26 @@ def test_few_images_are_not_shown_twice():
     assert len(plots.examples(items)) <= 3
 
 
+@pytest.mark.parametrize(("sampling", "axis", "first"), [
+    ("nearest", "distance to the teacher's training data (last bin: all beyond)", "nearest"),
+    ("confidence", "1 - the teacher's confidence (last bin: all beyond)", "most confident"),
+    ("random", "number drawn at random (last bin: all beyond)", "first drawn")])
+def test_figures_say_what_the_scores_are(sampling, axis, first, pool_folder, tmp_path, monkeypatch):
+    model = with_random_statistics(build_model("resnet_tiny", 3, image_size=(32, 48)))
+    checkpoint.save_model(model, tmp_path / "t.pt")
+    written = []
+    monkeypatch.setattr(plots, "write", lambda figure, path: written.append(figure))
+    words = ["--dataset", "none", "--pool", str(pool_folder), "--teacher", str(tmp_path / "t.pt"),
+             "--budget", "4", "--steps", "1", "--amp", "off", "--sampling", sampling]
+    distill.main([*words, "--out", str(tmp_path / "run")])
+    distill.main([*words, "--out", str(tmp_path / "dry"), "--dry-run"])
+    for figure in written:
+        assert figure.axes[0].get_xlabel() == axis
+        assert figure.axes[0].get_title() == f"2, 3  Score the pool, keep the {first}"
+    lines = [line.get_label() for line in written[0].axes[1].lines]
+    assert lines[0] == first and len(written) == 2
+
+
 def test_nothing_warns_in_a_run_without_trouble(pool_folder):
     with warnings.catch_warnings(action="error"):
         assert len(small_run(pool_folder)["files"]) == 4
