@@ -88,8 +88,12 @@ def match_colours(images, mean, cov):
 # ----------------------------------------------------- read the private colours off the first layer
 
 def least_squares(matrix, vector):
-    """Return argmin over x of || matrix x - vector ||: (C, n), (C,) -> (n,), in float64 inside."""
-    return (torch.linalg.pinv(matrix.double()) @ vector.double()).to(matrix.dtype)
+    """Return the smallest argmin over x of || matrix x - vector ||: (C, n), (C,) -> (n,).
+
+    In float64 inside. Directions that the matrix sees no better than float32 rounds are left at 0:
+    with filters of brightness alone, the answer would be made of rounding errors.
+    """
+    return (torch.linalg.pinv(matrix.double(), rtol=1e-5) @ vector.double()).to(matrix.dtype)
 
 
 def hardly_sees_colour(system, entries):
