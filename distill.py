@@ -31,8 +31,8 @@ from kd_loss import channelwise_kd, pixelwise_kd
 from models import MODELS, build_model, freeze, wrap
 from priority import SCHEDULES, progressive_weights, sample_weights, weighted_loss
 from support import checkpoint, command, records
-from support.answers import answers_of, folded, keep, resized
-from support.colours import private_colours
+from support.teacher_cache import answers_of, folded, keep, resized
+from support.recolour import private_colours
 from support.data import Batches, Pool, Views, find_images
 from support.labelled import DATASETS, Labels, labels
 from support.options import Running, filled, one_sentence, option, parse_losses, pick_amp

@@ -30,7 +30,7 @@ from evaluate import as_input
 from kd_loss import channelwise_kd, pixelwise_kd
 from models import build_model, freeze
 from priority import progressive_weights, weighted_loss
-from support.answers import Kept, answers_of, folded
+from support.teacher_cache import Kept, answers_of, folded
 from support.checkpoint import save_json
 from support.data import Batches, Pool, Views
 from support.options import Options, one_sentence, option, parse, pick_amp

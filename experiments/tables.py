@@ -21,7 +21,7 @@ from statistics import mean, stdev
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from support import plots
+from support import figures
 
 # Two-sided 95 % quantiles of Student's t for n values (n - 1 degrees of freedom).
 T95 = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), 2))
@@ -178,4 +178,4 @@ def draw(record, path):
     ax.xaxis.set_major_formatter("{x:.0f}")
     ax.minorticks_off()
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    plots.write(figure, path)
+    figures.write(figure, path)

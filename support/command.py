@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from evaluate import evaluate, report
 from models import build_model, freeze
 from priority import effective_sample_size, progressive_weights
-from support import checkpoint, plots, records, together
+from support import checkpoint, figures, records, together
 from support.data import Pool, find_images, hold_out, leave_out
 from support.labelled import DATASETS, check_labels, open_labelled
 from support.options import filled, parse_losses, pick_device
@@ -101,7 +101,7 @@ def shown(found, teacher, out, sampling):
     """Say and draw whether the pool of a dry run fits the teacher; return its metrics."""
     together.leave()
     print(verdict(teacher, found))
-    plots.pool_check(found, teacher.image_size, teacher, out / "pool.png", sampling)
+    figures.pool_check(found, teacher.image_size, teacher, out / "pool.png", sampling)
     print(f"dry run: nothing was trained; see {out / 'pool.png'}")
     return {"pool_images": len(found["scores"]) - len(found["skipped"]), "out": str(out)}
 
@@ -116,7 +116,7 @@ def reported(cfg, out, teacher, student, found, held_out, laps):
     print("6 evaluated\n" + report(results, teacher.class_names))
     found["laps"]("evaluation")
     metrics = records.metrics(cfg, results, teacher, found, {**laps, **found["laps"]})
-    plots.story(found, teacher.image_size, cfg.schedule, teacher, student, held_out,
+    figures.story(found, teacher.image_size, cfg.schedule, teacher, student, held_out,
                 Path(out) / "figure.png", cfg.sampling)
     checkpoint.save_json(metrics, out / "metrics.json")   # last: with it, a run counts as finished
     (out / "state.pt").unlink(missing_ok=True)

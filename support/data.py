@@ -236,7 +236,7 @@ class Batches(Dataset):
     """Batch t is (images (B, 3, H, W), uint8, slots (B,), ...), a pure function of (seed, t).
 
     Every file is used once before any is used again, and each time with its next view: one of
-    those in `kept`, an `answers.Kept`, or without end. Behind the slots come the teacher's answers
+    those in `kept`, an `teacher_cache.Kept`, or without end. Behind the slots come the teacher's answers
     (B, K, h, w) that were kept, the targets (B, h, w) of labelled views, or None.
     """
 

@@ -25,7 +25,7 @@ from ads_sampler import score_pool
 from bn_stats import capture_bn_inputs, run_until
 from evaluate import as_input
 from support import together
-from support.answers import common_size
+from support.teacher_cache import common_size
 from support.checkpoint import atomic, fingerprint
 from support.data import loaded
 from support.progress import progress

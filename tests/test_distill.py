@@ -58,8 +58,8 @@ def drawn():
 @pytest.fixture(autouse=True)
 def undrawn(request, monkeypatch):
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr("support.plots.story", lambda *_: None)
-        monkeypatch.setattr("support.plots.pool_check", lambda *_: None)
+        monkeypatch.setattr("support.figures.story", lambda *_: None)
+        monkeypatch.setattr("support.figures.pool_check", lambda *_: None)
 
 
 def run(world, *words, out=None):

@@ -10,7 +10,7 @@ import pytest
 import distill
 from experiments import compare, tables
 from experiments.compare import PRESETS, run_once, table
-from support import plots
+from support import figures
 from support.options import parse
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import distill
-from alignment import colour_target, match_colours
+from colours import colour_target, match_colours
 from bn_stats import METRICS, bn_distance, bn_layers, capture_bn_inputs, image_distances
 from evaluate import evaluate
 from experiments import baselines
@@ -31,7 +31,7 @@ from support import checkpoint, together
 from support.data import find_images
 from support.evaluation import write_masks
 from support.options import pick_device
-from support.plots import painter
+from support.figures import painter
 from support.scoring import mean_shift
 from support.training import Training
 from train_teacher import cross_entropy
@@ -197,7 +197,7 @@ def test_a_part_of_a_network_that_is_left_on_the_cpu_is_found(gpu, left, metric)
 
 @pytest.mark.parametrize(("where", "place"), [
     ("bn_stats.spatial_moments", 1), ("bn_stats.bn_distance", 0), ("support.scoring.as_input", 1),
-    ("support.colours.colour_target", 1), ("support.answers.as_input", 1),
+    ("support.recolour.colour_target", 1), ("support.teacher_cache.as_input", 1),
     ("support.training.as_input", 1), ("distill.progressive_weights", 0),
     ("distill.pixelwise_kd", 1), ("distill.weighted_loss", 1), ("support.scoring.run_until", 1),
     ("evaluate.confusion_matrix", 1)])

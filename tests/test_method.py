@@ -14,7 +14,7 @@ from torch import nn
 
 import distill
 from models import wrap
-from support.colours import private_colours
+from support.recolour import private_colours
 from support.data import Batches, Pool, Views, find_images
 
 SIZE, CLASSES, STEPS, LR = (32, 48), 5, 2, 0.01

@@ -28,8 +28,7 @@ PROGRAMS = {"distill.py": "distill", "train_teacher.py": "train_teacher", "expor
             "evaluate.py": "support.evaluation",
             **{name: name for name in ("experiments.compare", "experiments.benchmark",
                                        "experiments.generators", "experiments.build_pool",
-                                       "experiments.on_gpu")}}
-CONCEPTS = ("bn_stats", "ads_sampler", "priority", "kd_loss", "alignment", "regions")
+CONCEPTS = ("bn_stats", "ads_sampler", "priority", "kd_loss", "colours")
 
 
 def module(program):
@@ -75,7 +74,7 @@ def test_the_voc_and_cityscapes_commands_run(tmp_path, voc_tree, cityscapes_tree
         return with_random_statistics(net) if weights else net
 
     monkeypatch.setattr(torchvision.models, "get_model", random_weights)
-    monkeypatch.setattr("support.plots.story", lambda *_: None)
+    monkeypatch.setattr("support.figures.story", lambda *_: None)
     for i, (program, line) in enumerate(lines):
         root = voc_tree if "voc" in line else cityscapes_tree
         tiny = (f"--data-root {root} --out {tmp_path}/run{i} --image-size 32 32 --steps 1 "
@@ -205,7 +204,7 @@ def test_a_file_to_copy_runs_alone_with_torch_only(name, said_alone):
     # The numbers of the docstring's worked example are printed.
     expected = {"bn_stats": ["10.000", "3.656"], "ads_sampler": ["1.33"],
                 "priority": ["2.98", "2.57"], "kd_loss": ["0.1212", "0.2747"],
-                "alignment": ["0.2", "0.6"], "regions": ["1.609"], "evaluate": []}[name]
+                "colours": ["0.2", "0.6"], "evaluate": []}[name]
     for number in expected:
         assert number in said_alone[name]
         assert number.rstrip("0").rstrip(".") in source.split('"""')[1]

@@ -50,7 +50,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("support.plots.story", lambda *_: None)
+    monkeypatch.setattr("support.figures.story", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)       # a fork cannot use them
 
 
@@ -102,7 +102,7 @@ def alone(world, tmp_path_factory):
     """Return the folder of a run in one process."""
     out = tmp_path_factory.mktemp("alone") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("support.plots.story", lambda *_: None)
+        patch.setattr("support.figures.story", lambda *_: None)
         patch.setattr("support.scoring.STORE", out.parent / "scores")
         torch.set_num_threads(1)                     # as in each test, which begins after this
         distill.main(words(world, out))
@@ -189,7 +189,7 @@ def test_what_goes_wrong_in_one_process_only_is_said_by_it(world, tmp_path, monk
 
 
 def test_a_dry_run_and_one_that_keeps_no_answers_end_well(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("support.plots.pool_check", lambda *_: None)
+    monkeypatch.setattr("support.figures.pool_check", lambda *_: None)
     for name, *more in (["dry", "--dry-run"], ["none", "--views", "0"]):
         first, *others = processes(2, words(world, tmp_path / name, *more), tmp_path)
         assert first[0] == 0 and others == [(0, "", "")]

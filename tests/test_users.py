@@ -14,7 +14,7 @@ from torch import nn
 
 import distill
 from models import build_model, wrap
-from support import checkpoint, evaluation, plots
+from support import checkpoint, evaluation, figures
 from support.data import Views, find_images, load_image
 from support.labelled import CAMVID, class_colours, open_labelled
 
@@ -165,17 +165,17 @@ def test_a_network_that_returns_a_dict_can_be_put_to_work(tmp_path, pool_folder)
 def test_every_picture_of_masks_has_a_legend_and_void_a_colour_of_its_own():
     assert (255, 255, 255) not in set(map(tuple, class_colours(CAMVID)))
     assert len(set(map(tuple, class_colours(CAMVID)))) == 11
-    paint = plots.painter(["road", "sky"])
+    paint = figures.painter(["road", "sky"])
     assert paint(torch.tensor([[0, 255]]))[0, 1].tolist() == [255, 255, 255]
     figure = Figure()
-    plots.legend(figure, ["road", "sky"])
+    figures.legend(figure, ["road", "sky"])
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["road", "sky", "void"]
 
 
 def test_few_images_are_not_shown_twice():
     items = [(torch.zeros(3, 4, 4), torch.zeros(4, 4)) for _ in range(3)]
-    assert len(plots.examples(items)) <= 3
+    assert len(figures.examples(items)) <= 3
 
 
 @pytest.mark.parametrize(("sampling", "axis", "first"), [

@@ -13,10 +13,10 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-import support.answers as program
+import support.teacher_cache as program
 from bn_stats import bn_layers
 from models import build_model, wrap
-from support.answers import Kept, answers_of, common_size, folded, keep, resized
+from support.teacher_cache import Kept, answers_of, common_size, folded, keep, resized
 from support.data import Batches, Views
 from support.labelled import open_labelled
 

@@ -1,7 +1,7 @@
 """Every figure. Functions take results and a path and write a PNG; nothing is shown on a screen.
 
 Use it
-    from support.plots import pool_check, story
+    from support.figures import pool_check, story
     pool_check(chosen, size, teacher, "pool.png")      # what distill.distill returned
 """
 
@@ -13,7 +13,6 @@ from matplotlib.patches import Patch
 from ads_sampler import sample
 from evaluate import as_input, predict
 from priority import progressive_weights
-from regions import foreign_map
 from support.checkpoint import atomic
 from support.data import load_image, view
 from support.labelled import WHITE, class_colours
@@ -96,25 +95,12 @@ def pool_rows(figures, chosen, size, sampling, columns=10):
     return shown
 
 
-def heat(figure, teacher, chosen, indices):
-    """Fill a subfigure with the maps of `regions.py` over images of the pool, as they were scored.
-    """
-    images = as_input(torch.stack([chosen["pool"].view(i) for i in indices]),
-                      next(teacher.parameters()).device)                          # (n, 3, H, W)
-    share = foreign_map(teacher, images, chosen["layers"]).clamp(max=1).unsqueeze(1)
-    grey, red = images.mean(dim=1, keepdim=True), images.new_tensor([0.8, 0, 0]).view(1, 3, 1, 1)
-    pictures = ((1 - share) * grey + share * red).permute(0, 2, 3, 1).cpu().numpy()
-    strip(figure, pictures, "and which of their regions are foreign (red: 1 and above, regions.py)")
-
-
 def pool_check(chosen, size, teacher, path, sampling="nearest"):
-    """Write the figure of `--dry-run`: histogram, nearest and farthest images, foreign regions."""
-    figure = Figure(figsize=(11, 7.6), layout="constrained")
-    parts = figure.subfigures(5, 1, height_ratios=(2, 1, 1, 1, 1))
+    """Write the figure of `--dry-run`: histogram, nearest and farthest images."""
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    parts = figure.subfigures(3, 1, height_ratios=(2, 1, 1))
     histogram(parts[0].subplots(), chosen["scores"], chosen["chosen"], sampling)
-    shown = pool_rows(parts[1::2], chosen, size, sampling)
-    for part, indices in zip(parts[2::2], shown, strict=True):
-        heat(part, teacher, chosen, indices)
+    pool_rows(parts[1:], chosen, size, sampling)
     write(figure, path)
 
 

@@ -34,14 +34,14 @@ Worked example (grey values, nothing added to S; the demo prints its end, a test
     y = 2 (x - 0.6) + 0.4:  0.5 becomes 0.2 and 0.7 becomes 0.6
 
 Use it
-    from alignment import colour_target, match_colours
+    from colours import colour_target, match_colours
     def response(x):                                     # images in [0, 1] -> (n, C), for a ResNet
         return teacher.conv1(normalise(x)).mean(dim=(2, 3))         # bn = teacher.bn1 comes next
     mean, cov = colour_target(response, bn.running_mean, bn.running_var, images.shape[-2:])
     images = match_colours(images, mean, cov)            # (B, 3, H, W) -> (B, 3, H, W)
 
 Run it
-    python alignment.py         (CPU, a second: a filter's statistics give a camera's colours away)
+    python colours.py         (CPU, a second: a filter's statistics give a camera's colours away)
 """
 
 import torch

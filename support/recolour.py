@@ -1,4 +1,4 @@
-"""Colours as a way to read a photograph: alignment.py where files are read.
+"""Colours as a way to read a photograph: colours.py where files are read.
 
 Use it
     prepare = private_colours(teacher, size=(96, 128))
@@ -7,7 +7,7 @@ Use it
 
 from functools import partial
 
-from alignment import colour_target, transfer
+from colours import colour_target, transfer
 from bn_stats import bn_layers, capture_bn_inputs, run_until
 from support.data import to_tensor, whole_view
 
