@@ -27,7 +27,7 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 PROGRAMS = {"distill.py": "distill", "train_teacher.py": "train_teacher", "export.py": "export",
             "evaluate.py": "support.evaluation",
             **{name: name for name in ("experiments.compare", "experiments.benchmark",
-                                       "experiments.generators", "experiments.build_pool",
+                                       "experiments.generators", "experiments.build_pool")}}
 CONCEPTS = ("bn_stats", "ads_sampler", "priority", "kd_loss", "colours")
 
 
