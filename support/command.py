@@ -17,7 +17,7 @@ from support import checkpoint, figures, records
 from support.checks import describe_fit
 from support.data import Pool
 from support.images import drop_copies, find_images, hold_out
-from support.labelled import DATASETS, Labels, check_labels, open_labelled
+from support.labelled import DATASETS, Labels, check_labels, labels, open_labelled
 from support.options import Running, option, pick_device, pick_workers
 
 inputs, method = partial(option, group="inputs"), partial(option, group="method")
@@ -27,6 +27,8 @@ inputs, method = partial(option, group="inputs"), partial(option, group="method"
 class Inputs(Labels, Running):
     """The options that scoring a pool depends on."""
 
+    dataset: str = labels("scenes", "labels to evaluate on; none: no labels", tuple(DATASETS))
+    split: str = labels("val", "part to evaluate on; 'val:A,B' keeps files that begin so")
     teacher: str | None = inputs(None, "teacher.pt of train_teacher.py", metavar="FILE")
     teacher_model: str | None = inputs(None, "or a torchvision network", MODELS)
     teacher_weights: str | None = inputs(None, "with its published weights: DEFAULT")
