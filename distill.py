@@ -29,7 +29,7 @@ from ads_sampler import sample
 from bn_stats import bn_layers, image_distances, select_layers
 from evaluate import evaluate, predict, report
 from kd_loss import channelwise_kd, pixelwise_kd
-from models import MODELS, build_model, freeze, wrap
+from models import MODELS, freeze, wrap
 from priority import SCHEDULES, progressive_weights, sample_weights, weighted_loss
 from support import checkpoint, command, figures, records
 from support.checks import check_inputs
@@ -56,23 +56,22 @@ def selection_score(teacher, layers, cfg, count):
 
 
 @torch.no_grad()
-def compute_teacher_logits(teacher, autocast, size, temperature, images):
+def compute_teacher_logits(teacher, autocast, size, cfg, images):
     """Return the teacher's logits at `size` = (h, w): (B, 3, H, W) -> (B, K, h, w), float32.
 
     A temperature below 1 sharpens them (as DINO does, arXiv 2104.14294).
     """
     with autocast():
-        return resize(teacher(images).float(), size) / temperature
+        return resize(teacher(images).float(), size) / cfg.teacher_temperature
 
 
 def distill(teacher, student, pool, size, cfg=None, out=None):
     """Distil one segmentation network into another on unlabelled photos: the Python API.
 
     teacher, student: modules on one device, from RGB in [0, 1] to logits of the same classes (see
-    `models.wrap`). pool: a folder, or a list of files. size: (H, W). out: a folder for records; an
-    interrupted run resumes from it, given the student with its initial weights. Freezes the teacher
-    (`models.freeze`), trains the student in place. Returns a dict: files, distances, weights, pool
-    indices (selected), nearest first; pool, scores, skipped, layers, timer; curve, if it trained.
+    `models.wrap`); the teacher is frozen for good, the student trained in place. pool: a folder or
+    a list of files. size: (H, W). out: a folder for records, from which an interrupted run resumes,
+    given the student with its initial weights. Returns the dict `result` below and the loss curve.
     """
     cfg = with_defaults(cfg or Config(), **DEFAULTS)
     out = Path(out) if out else None
@@ -104,15 +103,13 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     if cfg.dry_run:
         return result
 
-    # 5. Distil: the student imitates the teacher's logits on random views of the photos. The
-    #    teacher's logits for each view are cached; with --views 0 each step has new views.
+    # 5. Distil on random views of the photos. The teacher's logits for each view are cached; with
+    #    --views 0 each step has new views.
     optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, weight_decay=0.01, fused=True)
     scheduler = warmup_poly(optimizer, cfg.steps)
-    run = Training(student, optimizer, scheduler, cfg, out,
-                   records.identity(cfg, teacher, student, size))
+    run = Training(student, optimizer, scheduler, cfg, out, about=(teacher, size))
     logit_size = comparison_size(teacher, student, size)                                  # (h, w)
-    teacher_pass = partial(compute_teacher_logits, teacher, run.autocast, logit_size,
-                           cfg.teacher_temperature)
+    teacher_pass = partial(compute_teacher_logits, teacher, run.autocast, logit_size, cfg)
     views = Views(result["files"], size, cfg.seed, pool.transform)
     cache = TeacherCache(teacher_pass, views, cfg, device, out) if cfg.views else None
     weights = weights.to(device)
@@ -164,16 +161,6 @@ class Config(command.Inputs):    # and: teacher, pool, image_size, metric, layer
     dry_run: bool = running(False, "score the pool, say whether it fits, and stop")
 
 
-def new_student(cfg, teacher):
-    """Return the student that `cfg` names, with the teacher's classes and normalisation."""
-    torch.manual_seed(cfg.seed)
-    return build_model(
-        cfg.student_model, teacher.num_classes, class_names=teacher.class_names,
-        weights_backbone="DEFAULT" if cfg.student_weights == "imagenet" else None,
-        mean=teacher.mean.flatten().tolist(), std=teacher.std.flatten().tolist(),
-        image_size=teacher.image_size).to(teacher.mean.device)
-
-
 def evaluate_all(cfg, teacher, student, held_out):
     """Return {"teacher", "student", "agreement"} of `evaluate.evaluate`; without labels the last.
     """
@@ -195,7 +182,7 @@ def run(cfg, out):
     cfg = with_defaults(cfg, **DEFAULTS)
     teacher, files, held_out = command.open_inputs(cfg, out)
     timer("scenes and teacher")
-    student = new_student(cfg, teacher)
+    student = command.build_student(cfg, teacher)
     result = distill(teacher, student, files, teacher.image_size, cfg, out)
     if cfg.dry_run:
         return command.report_dry_run(result, teacher, cfg, out)

@@ -59,6 +59,16 @@ def load_teacher(cfg):
     return freeze(model).to(pick_device(cfg.device), memory_format=torch.channels_last)
 
 
+def build_student(cfg, teacher):
+    """Return the student that `cfg` names, with the teacher's classes and normalisation."""
+    torch.manual_seed(cfg.seed)
+    return build_model(
+        cfg.student_model, teacher.num_classes, class_names=teacher.class_names,
+        weights_backbone="DEFAULT" if cfg.student_weights == "imagenet" else None,
+        mean=teacher.mean.flatten().tolist(), std=teacher.std.flatten().tolist(),
+        image_size=teacher.image_size).to(teacher.mean.device)
+
+
 def open_inputs(cfg, out=None):
     """Return (teacher, pool files, held_out) for the options.
 

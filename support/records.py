@@ -42,13 +42,13 @@ def digest(cfg):
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def identity(cfg, teacher, student, size):
-    """Return what tells a run from others: options, teacher, the student before training, size.
+def identity(cfg, *about):
+    """Return a string that tells a run from others, by its config, networks and other values.
 
-    One that was interrupted in the Python API starts again from the student's initial weights.
+    The student is known by its weights before training: another one of the same shape differs.
     """
-    return (f"{digest(cfg)} {checkpoint.fingerprint(teacher)} {tuple(size)} "
-            f"{checkpoint.fingerprint(student)}")
+    return " ".join([digest(cfg), *(
+        checkpoint.fingerprint(x) if isinstance(x, torch.nn.Module) else str(x) for x in about)])
 
 
 # ---------------------------------------------------------------- the folder

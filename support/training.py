@@ -25,6 +25,7 @@ from support.data import iterate
 from support.images import as_input
 from support.options import pick_amp, pick_workers
 from support.progress import progress
+from support.records import identity
 
 CHECK_EVERY = 50          # steps between two checks of the loss; each check waits for the device
 SAVE_EVERY = 500          # steps between two resumable states, or after
@@ -44,12 +45,14 @@ class Training:
     """The state of a training run, in memory and on disk.
 
     cfg: has steps, seed, amp and workers. out: the folder of the run; if it holds a state.pt,
-    training resumes from it. about: identifies the run; a state of another run is refused.
+    training resumes from it. about: networks and values that tell this run from others, besides
+    cfg and the model's initial weights; a state of another run is refused.
     """
 
-    def __init__(self, model, optimizer, scheduler, cfg, out=None, about=None):
+    def __init__(self, model, optimizer, scheduler, cfg, out=None, about=()):
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
-        self.cfg, self.about, self.path = cfg, about, out / "state.pt" if out else None
+        self.cfg, self.path = cfg, out / "state.pt" if out else None
+        self.about = identity(cfg, model, *about) if out else None
         self.device = next(model.parameters()).device
         # Channels-last is the faster layout in mixed precision. In float32 on a CPU it gains
         # nothing, and torch 2.14.1 corrupts memory there in the backward pass of a strided 1x1
