@@ -147,6 +147,15 @@ def pick_device(name):
     return device
 
 
+def set_deterministic():
+    """Make torch compute the same to the bit each time, on a GPU, too; before the first operation.
+
+    RuntimeError follows from an operation that has no such form.
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"        # cuBLAS is only deterministic with it
+    torch.use_deterministic_algorithms(True)
+
+
 def pick_workers(workers, device):
     """Return the number of loading processes: by default enough to keep a GPU busy."""
     if workers is not None:
@@ -177,6 +186,7 @@ CAUSES = {
     "not enough memory": "out of memory; lower --batch-size, --image-size or --views",
     "out of memory": "out of memory; lower --batch-size, --image-size or --views",
     "Too many open files": "too many open files; raise `ulimit -n`, or use fewer --workers",
+    "deterministic implementation": "a network cannot be computed so; leave out --deterministic",
     "unexpected EOF": "a downloaded file is cut off; delete it from torch's cache and start again",
     "invalid hash value": "a downloaded file is damaged; start again to fetch it anew"}
 
