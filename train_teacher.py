@@ -44,8 +44,9 @@ class Config(Labels, Running):
 
 def cross_entropy(logits, target):
     """Return the mean over labelled pixels, or 0: (B, K, H, W), (B, H, W) -> scalar."""
-    total = F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="sum")
-    return total / (target != IGNORE).sum().clamp_min(1)
+    # reduction="sum" has no deterministic form on CUDA.
+    losses = F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="none")
+    return losses.sum() / (target != IGNORE).sum().clamp_min(1)
 
 
 def open_data(cfg, split, size):
