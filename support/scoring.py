@@ -136,6 +136,12 @@ def score_share(cfg, rank, processes):
     pool = open_pool(files, teacher, teacher.image_size, cfg.match_colours)
     layers = select_layers(bn_layers(teacher), cfg.layers)
     path = score_file(teacher, layers, pool, cfg)
+    if rank == 0:                    # one process alone makes the file: another would empty it
+        open_scores(path, len(pool))
+        if not path.exists():
+            raise ValueError(f"{path} cannot be written; start where it can be")
+    while not path.exists():
+        time.sleep(0.1)
     cached_scores(lambda images, _: image_distances(teacher, images, layers, cfg.metric), pool,
                   teacher.mean.device, cfg.workers, path, rank, processes)
     return path
