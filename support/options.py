@@ -182,7 +182,7 @@ def pick_amp(name, device):
 
 # What torch raises as a RuntimeError, and what to do about it.
 CAUSES = {
-    "DataLoader worker": "a process that loads images died; use fewer --workers, or 0",
+    "DataLoader worker (pid": "a process that loads images died; use fewer --workers, or 0",
     "not enough memory": "out of memory; lower --batch-size, --image-size or --views",
     "out of memory": "out of memory; lower --batch-size, --image-size or --views",
     "Too many open files": "too many open files; raise `ulimit -n`, or use fewer --workers",
