@@ -156,6 +156,14 @@ def set_deterministic():
     torch.use_deterministic_algorithms(True)
 
 
+def warn_if_busy():
+    """Print a line if other programs keep the cores busy: threads then wait for each other."""
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0, os.cpu_count()
+    if load > 0.75 * cores and torch.get_num_threads() > 1:
+        print(f"warning: this machine is busy (load {load:.1f} on {cores} cores); this run may be "
+              "several times faster with OMP_NUM_THREADS=1")
+
+
 def pick_workers(workers, device):
     """Return the number of loading processes: by default enough to keep a GPU busy."""
     if workers is not None:

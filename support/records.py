@@ -23,7 +23,7 @@ import torchvision
 
 from support import checkpoint
 from support.images import read_csv
-from support.options import parse, pick_amp, set_deterministic
+from support.options import parse, pick_amp, set_deterministic, warn_if_busy
 
 # Options that say where or how a run is computed, not what it computes.
 NEUTRAL = {"out", "resume", "dry_run", "device", "workers", "download"}
@@ -116,6 +116,7 @@ def open_run(cfg):
 def in_folder(run, config_class, argv, description):
     """Return run(cfg, folder) for the options in the words `argv`."""
     cfg = read_config(config_class, argv, description)
+    warn_if_busy()
     if cfg.deterministic:
         set_deterministic()
     with open_run(cfg) as out:
