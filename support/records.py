@@ -54,11 +54,12 @@ def identity(cfg, *about):
 # ---------------------------------------------------------------- the folder
 
 def started(out):
-    """Return whether a folder holds more than a config.json and a skipped.csv.
+    """Return whether a folder holds more than a config.json, a skipped.csv and hidden files.
 
     A run that failed before its first result, over a mistyped path say, leaves no more.
     """
-    return out.is_dir() and any(p.name not in ("config.json", "skipped.csv") for p in out.iterdir())
+    return out.is_dir() and any(p.name[0] != "." and p.name not in ("config.json", "skipped.csv")
+                                for p in out.iterdir())
 
 
 def read_config(config_class, argv, description):
