@@ -106,7 +106,7 @@ def parse(config_class, argv, description, recorded=None):
     """
     parser = argparse.ArgumentParser(description=description, usage="%(prog)s [options]",
                                      allow_abbrev=False)
-    groups = {}
+    groups = {"options": parser}                               # argparse's own group, with --help
     for f in sorted(fields(config_class), key=lambda f: GROUPS.index(f.metadata["group"])):
         name = f.metadata["group"]
         if name not in groups:
