@@ -85,7 +85,7 @@ def add_option(group, f, default):
     """Give an argparse group the option that a dataclass field declares."""
     meta, kind = f.metadata, value_type(f)
     settings = {"help": meta["help"], "required": meta["required"], "default": default}
-    if f.default not in (None, False, ""):
+    if kind is not bool and f.default not in (None, ""):
         settings["help"] += f" (default: {f.default})"
     if kind is bool:
         settings["action"] = "store_true"
