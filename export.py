@@ -29,9 +29,9 @@ from support.options import Options, one_sentence, option, parse, pick_device
 
 @dataclass(frozen=True)
 class Config(Options):
-    checkpoint: str | None = option(None, "student.pt or teacher.pt", kind="FILE", required=True)
-    out: str | None = option(None, "file to write; without it: costs only", kind="FILE")
-    teacher: str | None = option(None, "teacher.pt to compare the cost with", kind="FILE")
+    checkpoint: str | None = option(None, "student.pt or teacher.pt", metavar="FILE", required=True)
+    out: str | None = option(None, "file to write; without it: costs only", metavar="FILE")
+    teacher: str | None = option(None, "teacher.pt to compare the cost with", metavar="FILE")
     image_size: tuple[int, int] | None = option(None, "size to measure at (default: its own)")
     device: str = option("auto", "where to measure: cpu, cuda ...; auto: a GPU if there is one")
 
