@@ -37,7 +37,6 @@ class Config(Labels, Running):
     image_size: tuple[int, int] | None = inputs(None, "crop size (default: the data set's)")
     steps: int = training(2000, "number of updates")
     batch_size: int = training(16, "images per update", min=1)
-    optimizer: str = training("sgd", "how to train", ("sgd", "adamw"))
     lr: float = training(0.1, "highest learning rate")
     out: str = running("runs/teacher", "folder for teacher.pt", metavar="FOLDER")
 
@@ -60,11 +59,8 @@ def train(model, data, size, cfg, out):
     # Labels at half the size: a quarter of the loss's cost, and as good (results/notes.md).
     half = tuple(max(side // 2, 1) for side in size)
     views = Views(data.images, size, cfg.seed, labelled=data, label_size=half)
-    if cfg.optimizer == "sgd":
-        optimizer = torch.optim.SGD(model.parameters(), cfg.lr, momentum=0.9, weight_decay=1e-4,
-                                    fused=True)
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.SGD(model.parameters(), cfg.lr, momentum=0.9, weight_decay=1e-4,
+                                fused=True)
     scheduler = warmup_poly(optimizer, cfg.steps)
     run = Training(model, optimizer, scheduler, cfg, out)
     for _, images, _, target in run.batches(Batches(views, cfg.batch_size), "teacher"):
