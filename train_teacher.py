@@ -30,8 +30,7 @@ class Config(Labels, Running):
     eval_split: str | None = labels(None, "part to report mIoU on, if any")
     model: str = option("resnet_small", "network", MODELS, group="inputs")
     backbone: str = option("none", "pretrained, downloaded", ("none", "imagenet"), group="inputs")
-    image_size: tuple[int, int] | None = option(None, "crop size (default: the data set's)",
-                                                group="inputs")
+    image_size: tuple[int, int] | None = option(None, "crop (default: by data set)", group="inputs")
     steps: int = option(2000, "number of updates", min=1, group="training")
     batch_size: int = option(16, "images per update", min=1, group="training")
     lr: float = option(0.1, "highest learning rate", group="training")
@@ -40,8 +39,9 @@ class Config(Labels, Running):
 
 def cross_entropy(logits, target):
     """Return the mean over labelled pixels, or 0: (B, K, H, W), (B, H, W) -> scalar."""
-    total = F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="sum")
-    return total / (target != IGNORE).sum().clamp_min(1)
+    # reduction="sum" has no deterministic form on CUDA.
+    losses = F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="none")
+    return losses.sum() / (target != IGNORE).sum().clamp_min(1)
 
 
 def train(model, data, cfg, out):

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from models import build_model
 from support import data
-from support.data import Batches, Pool, Views, iterate, open_pool
+from support.data import Batches, Pool, Views, open_pool
 from support.images import colour_matcher, resized_crop, to_tensor
 from support.labelled import open_labelled
 
@@ -55,23 +55,6 @@ def test_a_pool_is_a_folder_or_a_list_in_the_teachers_colours_if_asked(files, tm
     picture = colour_matcher(teacher, SIZE)(coordinates(240, 160, blue=2))
     assert torch.equal(matched, to_tensor(resized_crop(picture, SIZE)))
     assert not torch.equal(matched, Pool(files, SIZE).view(2))
-
-
-def test_what_goes_wrong_in_loading_is_one_sentence(monkeypatch):
-    monkeypatch.setattr("support.data.time.sleep", lambda seconds: None)
-
-    def failing(error):
-        yield 1
-        raise error
-
-    wrapped = ValueError("Caught ValueError in DataLoader worker process 0.\nOriginal Traceback\n"
-                         "  File ...\nValueError: a\nb.jpg: cut off\n")
-    for error in (wrapped, ValueError("a\nb.jpg: cut off")):
-        with pytest.raises(OSError, match=r"^a\nb\.jpg: cut off; restore this file and resume$"):
-            list(iterate(failing(error)))
-    for error in (ConnectionResetError(104, "Connection reset by peer"), EOFError()):
-        with pytest.raises(RuntimeError, match="DataLoader worker"):             # options.CAUSES
-            list(iterate(failing(error)))
 
 
 # ---------------------------------------------------------------- views

@@ -84,40 +84,28 @@ def test_every_twentieth_file_at_most_200_is_held_out_and_never_learnt_from(coun
 
 # ---------------------------------------------------------------- decoding
 
-PALETTE = Image.fromarray(np.ones((8, 8), dtype=np.uint8))
-PALETTE.putpalette([9, 9, 9, 1, 2, 3])
-
-
-@pytest.mark.parametrize(("picture", "suffix", "expected"), [
-    (Image.new("L", (8, 8), 100), "png", (100, 100, 100)),
-    (Image.new("1", (8, 8), 1), "png", (255, 255, 255)),
-    (Image.new("RGBA", (8, 8), (10, 20, 30, 0)), "png", (10, 20, 30)),
-    (Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "jpg", (0, 255, 255)),
-    (PALETTE, "png", (1, 2, 3))])
-def test_every_kind_of_picture_becomes_rgb(tmp_path, picture, suffix, expected):
-    image = load_image(write(tmp_path / f"a.{suffix}", picture))
-    assert (image.mode, image.size) == ("RGB", (8, 8))
-    assert np.abs(np.asarray(image, dtype=int) - expected).max() <= 2            # JPEG rounds
-
-
-def test_odd_pictures_are_read_without_a_warning_and_always_the_same(tmp_path):
+def test_every_kind_of_picture_becomes_rgb_without_a_warning(tmp_path):
     frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue")]
     clear = Image.fromarray(np.arange(1200, dtype=np.uint8).reshape(30, 40) % 4)
     clear.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200, 9, 9, 9])
-    tall = Image.fromarray(np.arange(5000 * 3, dtype=np.uint8).reshape(5000, 1, 3))
-    red = [write(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:]),
-           write(tmp_path / "a.webp", frames[0], save_all=True, append_images=frames[1:]),
-           write(tmp_path / "dot.png", Image.new("RGB", (1, 1), "red"))]
-    odd = [write(tmp_path / "clear.png", clear, transparency=bytes([0, 128, 255, 7])),
-           write(tmp_path / "clear.gif", clear, transparency=2),
-           write(tmp_path / "tall.png", tall),
-           write(tmp_path / "wide.png", tall.transpose(Image.ROTATE_90))]
+    tall = Image.fromarray(np.full((5000, 1, 3), 7, dtype=np.uint8))
+    animated = {"save_all": True, "append_images": frames[1:]}
     with warnings.catch_warnings(action="error"):
-        for path in red + odd:
-            assert np.array_equal(load_image(path), load_image(path))
-            assert resized_crop(load_image(path), (20, 30)).size == (30, 20)
-            assert path not in red or load_image(path).getpixel((0, 0))[0] > 250  # the first frame
-    assert len(load_image(odd[0]).getcolors()) == 4              # transparent, yet with its colours
+        for suffix, picture, how, expected in (
+                ("png", Image.new("L", (8, 8), 100), {}, (100, 100, 100)),
+                ("png", Image.new("1", (8, 8), 1), {}, (255, 255, 255)),
+                ("png", Image.new("RGBA", (8, 8), (10, 20, 30, 0)), {}, (10, 20, 30)),
+                ("jpg", Image.new("CMYK", (8, 8), (255, 0, 0, 0)), {}, (0, 255, 255)),
+                ("png", clear, {"transparency": bytes([0, 128, 255, 7])}, (200, 0, 0)),
+                ("gif", clear, {"transparency": 0}, (200, 0, 0)),
+                ("gif", frames[0], animated, (255, 0, 0)),       # the first frame
+                ("webp", frames[0], animated, (255, 0, 0)),
+                ("png", Image.new("RGB", (1, 1), "red"), {}, (255, 0, 0)),
+                ("png", tall, {}, (7, 7, 7)),
+                ("png", tall.transpose(Image.ROTATE_90), {}, (7, 7, 7))):
+            image = load_image(write(tmp_path / f"a.{suffix}", picture, **how), (20, 30))
+            assert image.mode == "RGB" and resized_crop(image, (20, 30)).size == (30, 20)
+            assert np.abs(np.subtract(image.getpixel((0, 0)), expected)).max() <= 2
 
 
 def test_the_camera_s_orientation_is_applied_unless_a_label_belongs_to_the_pixels(tmp_path):
@@ -135,7 +123,7 @@ def test_the_camera_s_orientation_is_applied_unless_a_label_belongs_to_the_pixel
 @pytest.mark.parametrize("suffix", ["png", "webp"])
 def test_a_picture_whose_exif_is_damaged_is_read(tmp_path, suffix):
     path = write(tmp_path / f"a.{suffix}", Image.new("RGB", (8, 6), "red"), exif=b"damaged")
-    assert load_image(path).size == (8, 6) and load_image(path).getpixel((0, 0))[0] > 250
+    assert load_image(path).size == (8, 6)
 
 
 def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path):
@@ -147,16 +135,15 @@ def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path):
     assert (a - b).abs().max() <= 4
 
 
-def test_a_decompression_bomb_is_refused_and_a_large_jpeg_is_read_small(tmp_path, monkeypatch):
-    jpeg = write(tmp_path / "large.jpg", Image.new("RGB", (4000, 3000), "red"))
-    png = write(tmp_path / "bomb.png", Image.new("1", (4000, 3000)))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000 * 3000 - 1)       # beyond it, a warning
+def test_a_large_picture_is_read_without_a_warning_and_a_decompression_bomb_refused(
+        tmp_path, monkeypatch):
+    path = write(tmp_path / "bomb.png", Image.new("1", (400, 300)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400 * 300 - 1)         # beyond it, a warning
     with warnings.catch_warnings(action="error"):
-        assert load_image(jpeg, (90, 150)).size == (500, 375)
-        assert load_image(png).size == (4000, 3000)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000 * 3000 // 2 - 1)  # beyond twice, an error
+        assert load_image(path).size == (400, 300)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400 * 300 // 2 - 1)    # beyond twice, an error
     with pytest.raises(ValueError, match="bomb.png: DecompressionBombError"):
-        load_image(png)
+        load_image(path)
 
 
 def test_a_file_that_cannot_be_read_is_a_value_error_that_names_it_and_says_why(tmp_path):
