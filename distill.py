@@ -1,16 +1,16 @@
-"""DFSS from end to end: a teacher and a folder of photographs in, a small student out.
+"""DFSS from end to end: a teacher and a folder of unlabelled photos in, a small student out.
 
-    python distill.py                                              # built-in scenes, no download
+    python distill.py                                              # drawn scenes, no download
     python distill.py --teacher T.pt --pool DIR --dataset none     # no labels anywhere
     python distill.py ... --dry-run                                # does the pool fit the teacher?
-    python distill.py --dataset camvid --data-root DIR --pool DIR --teacher T.pt
-    python distill.py --dataset voc --data-root DIR --download --pool DIR \\
-                      --teacher-model deeplabv3_resnet50 --teacher-weights DEFAULT
+    python distill.py --teacher T.pt --pool DIR --dataset camvid --data-root DIR
+    python distill.py --teacher-model deeplabv3_resnet50 --teacher-weights DEFAULT --pool DIR \\
+                      --dataset voc --data-root DIR --download
 
 Idea
-    1 read what the teacher remembers, 2 score the pool by it, 3 sample a budget of images (ADS),
-    4 weight them (WDPD), 5 distil: all of it is the function `distill`. The command below adds
-    labels, where there are any: to report on, after the training, and for nothing else.
+    1 read the teacher's BatchNorm statistics, 2 score the pool, 3 sample the nearest (ADS),
+    4 weight them (WDPD), 5 distil: all of it is the function `distill`. The command adds step 6,
+    evaluate: labels, if there are any, are used for the report and for nothing else.
 
 Paper
     DFSS (Sun & Wu, arXiv 2512.13175); the README lists what is the paper's and what is ours.
@@ -19,162 +19,179 @@ Symbols
     B images of a batch, K classes, H W pixels, h w of the logits, N pool images.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from ads_sampler import sample
-from bn_stats import METRICS, bn_layers, image_distances, select_layers
+from bn_stats import bn_layers, image_distances, select_layers
+from evaluate import evaluate, predict, report
 from kd_loss import channelwise_kd, pixelwise_kd
-from models import MODELS, build_model, freeze, wrap
+from models import MODELS, freeze, wrap
 from priority import SCHEDULES, progressive_weights, sample_weights, weighted_loss
-from support import checkpoint, command, records
-from support.teacher_cache import answers_of, folded, keep, resized
-from support.recolour import private_colours
-from support.data import Batches, Pool, Views, find_images
-from support.labelled import DATASETS, Labels, labels
-from support.options import Running, filled, one_sentence, option, parse_losses, pick_amp
-from support.scoring import look_over, scan, score_key
-from support.training import Training
+from support import checkpoint, command, figures, records
+from support.checks import check_inputs
+from support.data import Batches, Views, open_pool
+from support.options import one_sentence, option, with_defaults
+from support.scoring import cached_scores, score_file
+from support.teacher_cache import TeacherCache, comparison_size, resize
+from support.training import Training, warmup_poly
+from train_teacher import builtin_teacher
 
 DEFAULTS = {"steps": 7200, "views": 24}
 
 
-def rule_of_choice(teacher, layers, cfg, count):
-    """Return the score of cfg.sampling, a function of images (B, 3, H, W) and their places in the
-    pool (B,): (B,), small is good.
+def selection_score(teacher, layers, cfg, count):
+    """Return the score that cfg.sampling selects by, lower is better: a function of images
+    (B, 3, H, W) in [0, 1] and their pool indices (B,) -> (B,).
     """
     if cfg.sampling == "random":
         drawn = torch.rand(count, generator=torch.Generator().manual_seed(cfg.seed))
-        return lambda images, places: drawn[places.cpu()]
+        return lambda images, index: drawn[index.cpu()]
     if cfg.sampling == "confidence":         # 1 - mean over pixels of the largest probability
-        return lambda images, places: 1 - teacher(images).float().softmax(1).amax(1).mean((1, 2))
-    return lambda images, places: image_distances(teacher, images, layers, cfg.metric)
+        return lambda images, index: 1 - teacher(images).float().softmax(1).amax(1).mean((1, 2))
+    return lambda images, index: image_distances(teacher, images, layers, cfg.metric)
+
+
+@torch.no_grad()
+def compute_teacher_logits(teacher, autocast, size, cfg, images):
+    """Return the teacher's logits at `size` = (h, w): (B, 3, H, W) -> (B, K, h, w), float32.
+
+    A temperature below 1 sharpens them (as DINO does, arXiv 2104.14294).
+    """
+    with autocast():
+        return resize(teacher(images).float(), size) / cfg.teacher_temperature
 
 
 def distill(teacher, student, pool, size, cfg=None, out=None):
-    """Distil one segmentation network into another on unlabelled photographs: the Python API.
+    """Distil one segmentation network into another on unlabelled photos: the Python API.
 
     teacher, student: modules on one device, from RGB in [0, 1] to logits of the same classes (see
-    `models.wrap`). pool: a folder, or a list of files. size: (H, W). out: folder for a record from
-    which an interrupted run goes on. Freezes `teacher`, trains `student` in place and leaves it in
-    eval mode. Returns a dict: files, distances and weights of the chosen, nearest first, and their
-    places in the pool (chosen); pool, scores, skipped (why), layers, laps; curve, but for dry runs.
+    `models.wrap`); the teacher is frozen for good, the student trained in place. pool: a folder or
+    a list of files. size: (H, W). out: a folder for records, from which an interrupted run resumes,
+    given the student with its initial weights. Returns the dict `result` below and the loss curve.
     """
-    cfg, out, laps = filled(cfg or Config(), **DEFAULTS), out and Path(out), records.Laps()
-    teacher, student = freeze(wrap(teacher)), wrap(student)
-    pixel_weight, channel_weight, temperature = parse_losses(cfg.kd)
-    # --align: photographs are read in the private colours, here and in every later step.
-    prepare = private_colours(teacher, size) if cfg.align == "transfer-first" else None
-    pool = Pool(pool if isinstance(pool, list) else find_images(pool), size, prepare)
+    cfg = with_defaults(cfg or Config(), **DEFAULTS)
+    out = Path(out) if out else None
+    teacher, student, timer = freeze(wrap(teacher)), wrap(student), records.Timer()
     device = next(teacher.parameters()).device
+    pool = open_pool(pool, teacher, size, cfg.match_colours)
 
-    # 1. Read what the teacher remembers of its training data.
+    # 1. Read the teacher's BatchNorm statistics.
     layers = select_layers(bn_layers(teacher), cfg.layers)
-    logit_size = look_over(teacher, student, layers, pool, cfg)    # stops here if they do not fit
+    check_inputs(teacher, student, layers, pool, cfg)
 
-    # 2. Score the pool: how far is each photograph from that? `scan` is ads_sampler.score_pool,
-    #    with scores kept on disk, so that a stopped run goes on.
-    rule = rule_of_choice(teacher, layers, cfg, len(pool))
-    key = out and score_key(teacher, layers, pool, cfg)
-    scores, skipped = scan(rule, pool, device, cfg.workers, out, key)              # (N,)
+    # 2. Score the pool: how far is each photo from the teacher's training data?
+    score = selection_score(teacher, layers, cfg, len(pool))
+    path = score_file(teacher, layers, pool, cfg) if out else None
+    scores, skipped = cached_scores(score, pool, device, cfg.workers, path)               # (N,)
 
-    # 3. Sample a budget of the nearest (ADS).
-    chosen = sample(scores, cfg.budget or int(scores.isfinite().sum()))            # (budget,)
+    # 3. Sample the nearest (ADS).
+    selected = sample(scores, cfg.budget or len(pool) - len(skipped))                # (budget,)
 
-    # 4. Weight them (WDPD): the nearest 1, the farthest 0 (random: all 1). In step 5 all move to 1.
-    weights = sample_weights(scores[chosen] * (cfg.sampling != "random"), cfg.weighting)
-    found = {"files": [pool.files[i] for i in chosen.tolist()], "chosen": chosen, "scores": scores,
-             "distances": scores[chosen], "weights": weights, "pool": pool, "layers": layers,
-             "skipped": skipped, "laps": laps}
-    laps("scoring")
-    command.tell_choice(found, cfg, out)
+    # 4. Weight them (WDPD): the nearest 1, the farthest 0. A random selection has no distances.
+    weights = sample_weights(scores[selected], cfg.weighting)                        # (budget,)
+    if cfg.sampling == "random":
+        weights = torch.ones_like(weights)
+    timer("scoring")
+    result = {"files": [pool.files[i] for i in selected.tolist()], "selected": selected,
+              "distances": scores[selected], "weights": weights, "pool": pool, "scores": scores,
+              "skipped": skipped, "layers": layers, "timer": timer}
+    command.record_selection(result, cfg, out)
     if cfg.dry_run:
-        return found
+        return result
 
-    # 5. Distil: the student learns to answer as the teacher does. The teacher answers each view of
-    #    a photograph (a crop, a flip, a change of light) once, before; with --views 0, each time.
+    # 5. Distil on random views of the photos. The teacher's logits for each view are cached; with
+    #    --views 0 each step has new views.
+    optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, weight_decay=0.01, fused=True)
+    scheduler = warmup_poly(optimizer, cfg.steps)
+    run = Training(student, optimizer, scheduler, cfg, out, about=(teacher, size))
+    logit_size = comparison_size(teacher, student, size)                                  # (h, w)
+    teacher_pass = partial(compute_teacher_logits, teacher, run.autocast, logit_size, cfg)
+    views = Views(result["files"], size, cfg.seed, pool.transform)
+    cache = TeacherCache(teacher_pass, views, cfg, device, out) if cfg.views else None
     weights = weights.to(device)
-    trainer = Training(student, cfg.steps, cfg.lr, cfg.seed, pick_amp(cfg.amp, device),
-                       out and out / "state.pt", about=records.about(cfg, teacher))
-    ask = partial(answers_of, folded(teacher, size), like=logit_size, temperature=temperature,
-                  precision=trainer.precision())
-    views = Views(found["files"], size, cfg.seed, prepare=prepare)
-    batches = Batches(views, cfg.batch_size, keep(ask, views, cfg, device, out))
-    for progress, images, slots, answers in trainer.batches(batches, cfg.workers):
-        if answers is None:                                # slots: which of the chosen files (B,)
-            answers = ask(images)                                                  # (B, K, h, w)
-        with trainer.precision():
-            logits = resized(student(images), logit_size)                          # (B, K, h, w)
-        losses = (pixel_weight * pixelwise_kd(logits, answers)
-                  + channel_weight * channelwise_kd(logits, answers))              # (B,), float32
-        now = progressive_weights(weights, progress, cfg.schedule)                 # (budget,)
-        trainer.step(weighted_loss(losses, now[slots], now.mean()))     # backward, AdamW, schedule
-    laps("distillation")
-    return {**found, "curve": trainer.curve}
+    for step, images, index, teacher_logits in run.batches(Batches(views, cfg.batch_size, cache)):
+        if teacher_logits is None:
+            teacher_logits = teacher_pass(images)                                  # (B, K, h, w)
+        with run.autocast():
+            student_logits = resize(student(images), logit_size)                   # (B, K, h, w)
+        losses = (cfg.pixelwise * pixelwise_kd(student_logits, teacher_logits)
+                  + cfg.channelwise * channelwise_kd(student_logits, teacher_logits))     # (B,)
+        w = progressive_weights(weights, step / cfg.steps, cfg.schedule)             # (budget,)
+        loss = weighted_loss(losses, w[index], w.mean())
+        optimizer.zero_grad()
+        run.scaler.scale(loss).backward()                       # the scaler only acts in float16
+        run.scaler.step(optimizer)
+        run.scaler.update()
+        scheduler.step()
+        run.log(loss)
+    timer("distillation")
+    return {**result, "curve": run.curve}
 
 
 # ---------------------------------------------------------------- options and command
 
-nets, method, training, running = (partial(option, group=g) for g in (
-    "networks", "method", "training", "running"))
+inputs, method, training, running = (partial(option, group=g) for g in (
+    "inputs", "method", "training", "running"))
 
 
 @dataclass(frozen=True)
-class Config(Labels, Running):      # and: data_root, download, num_classes; seed, device, amp, ...
-    dataset: str = labels("scenes", "labels to evaluate on; none: no labels", tuple(DATASETS))
-    split: str = labels("val", "part to evaluate on; 'val:A,B' keeps files that begin so")
-    pool: str | None = option(None, "unlabelled photographs: a folder, or a run's chosen.csv",
-                              kind="PATH", group="labels")
-    teacher: str | None = nets(None, "teacher.pt of train_teacher.py", kind="FILE")
-    teacher_model: str | None = nets(None, "or a torchvision network", MODELS)
-    teacher_weights: str | None = nets(None, "with its published weights: DEFAULT")
-    student_model: str = nets("resnet_tiny", "student network", MODELS)
-    student_weights: str = nets("none", "pretrained on auxiliary images", ("none", "imagenet"))
-    budget: int = method(400, "pool images to learn from; 0 takes all")
-    sampling: str = method("nearest", "choose by distance, by the teacher's confidence, at random",
+class Config(command.Inputs):    # and: teacher, pool, image_size, metric, layers, match_colours
+    student_model: str = inputs("resnet_tiny", "student network", MODELS)
+    student_weights: str = inputs("none", "pretrained on ImageNet", ("none", "imagenet"))
+    budget: int = inputs(400, "pool images to learn from; 0 takes all")
+    sampling: str = method("nearest", "select by distance, by the teacher's confidence, at random",
                            ("nearest", "confidence", "random"))
-    layers: str = method("all", "BatchNorm layers: all, early, middle, late, names, indices")
-    metric: str = method("l2", "distance to their statistics: the paper's l2, or kl", METRICS)
     weighting: str = method("minmax", "weights from distances, or from their ranks",
                             ("minmax", "rank"))
-    schedule: str = method("linear", "relax weights to 1, keep them, or have none", SCHEDULES)
-    align: str = method("none", "give photographs the private colours before choosing (ours)",
-                        ("none", "transfer-first"))
-    kd: str = method("pixelwise+channelwise", "losses, as in pixelwise+10*channelwise; @0.4 "
-                     "behind them makes the teacher's answers surer (its temperature)")
-    views: int | None = training(None, "views of a photograph, answered once each; 0: always new "
-                                 "(default: 24; 8 for the built-in scenes)")
-    steps: int | None = training(None, "number of updates (default: 7200; 500 for the built-in "
-                                 "scenes)", least=1)
-    batch_size: int = training(16, "images an update", least=1)
+    schedule: str = method("linear", "relax weights to 1, keep them fixed, or use none", SCHEDULES)
+    pixelwise: float = method(1.0, "factor of the pixel-wise KD loss")
+    channelwise: float = method(1.0, "factor of the channel-wise KD loss")
+    teacher_temperature: float = method(1.0, "divides the teacher's logits; below 1 sharpens them",
+                                        min=0.01)
+    views: int | None = training(None, "cached views per photo; 0: a new view at each step "
+                                 "(default: 24; 8 for the drawn scenes)")
+    steps: int | None = training(None, "number of updates (default: 7200; 500 for the drawn "
+                                 "scenes)", min=1)
+    batch_size: int = training(16, "images per update", min=1)
     lr: float = training(0.01, "highest learning rate")
-    image_size: tuple[int, int] | None = training(None, "crop size (default: the teacher's)")
     dry_run: bool = running(False, "score the pool, say whether it fits, and stop")
 
 
-def new_student(cfg, teacher):
-    """Return the student that `cfg` names, with the teacher's classes and normalisation."""
-    torch.manual_seed(cfg.seed)
-    return build_model(
-        cfg.student_model, teacher.num_classes, class_names=teacher.class_names,
-        weights_backbone="DEFAULT" if cfg.student_weights == "imagenet" else None,
-        mean=teacher.mean.flatten().tolist(), std=teacher.std.flatten().tolist(),
-        image_size=teacher.image_size).to(teacher.mean.device)
+def evaluate_all(cfg, teacher, student, held_out):
+    """Return {"teacher", "student", "agreement"} of `evaluate.evaluate`; without labels the last.
+    """
+    K, results = teacher.num_classes, {}
+    if cfg.dataset != "none":
+        results["teacher"] = evaluate(teacher, held_out, K)
+        results["student"] = evaluate(student, held_out, K)
+    results["agreement"] = evaluate(student, held_out, K, reference=teacher)
+    return results
 
 
 def run(cfg, out):
     """Run the method as the options say, in the folder `out`; return the metrics it prints."""
-    cfg, teacher, files, held_out, laps = command.opened(cfg, out, DEFAULTS)
-    size, student = teacher.image_size, new_student(cfg, teacher)
-    found = distill(teacher, student, files, size, cfg, out)
+    timer = records.Timer()
+    if cfg.dataset == "scenes" and not (cfg.data_root or cfg.pool or cfg.teacher):
+        root, teacher = builtin_teacher(cfg.image_size, cfg.device, cfg.amp)
+        cfg = replace(cfg, data_root=root, pool=f"{root}/pool", teacher=teacher)
+        cfg = with_defaults(cfg, steps=500, views=8)
+    cfg = with_defaults(cfg, **DEFAULTS)
+    teacher, files, held_out = command.open_inputs(cfg, out)
+    timer("scenes and teacher")
+    student = command.build_student(cfg, teacher)
+    result = distill(teacher, student, files, teacher.image_size, cfg, out)
     if cfg.dry_run:
-        return command.shown(found, teacher, out, cfg.sampling)
+        return command.report_dry_run(result, teacher, cfg, out)
     checkpoint.save_model(student, out / "student.pt")
-    records.write_csv(out / "curve.csv", ("step", "loss"), found["curve"])
-    return command.reported(cfg, out, teacher, student, found, held_out, laps)
+    print(f"5 distilled {cfg.steps} updates of {cfg.batch_size} images")
+    results = evaluate_all(cfg, teacher, student, held_out)
+    print("6 evaluated\n" + report(results, teacher.class_names))
+    examples = figures.examples(held_out, {"Teacher": teacher, "Student": student}, predict)
+    return command.save_report(cfg, out, teacher, result, results, examples, timer)
 
 
 def main(argv=None):

@@ -1,10 +1,10 @@
 """How good is a segmentation network? Confusion matrix and mean IoU.
 
 Idea
-    Everything is read off one matrix: entry (i, j) counts the pixels of class i that the network
-    called j. The logits are resized to each label's own size, so that the score does not depend on
-    the resolution the network works at. Agreement is the same with another network's masks in the
-    place of the labels.
+    Everything is computed from one matrix: entry (i, j) counts the pixels of class i that the
+    network predicted as class j. Logits are resized to each label's own size, so the score does not
+    depend on the resolution the network works at. The agreement of two networks is the same score
+    with the second network's masks instead of labels.
 
 Equation
     IoU_k = M_kk / (sum_j M_kj + sum_i M_ik - M_kk),     mIoU = mean of IoU_k over present classes
@@ -12,35 +12,42 @@ Equation
 Symbols
     B images, K classes, H W pixels.  M (K, K): rows are truth, columns are predictions.
 
-Use it
+Use it (the functions need torch alone)
+    import torch
     from evaluate import confusion_matrix, mean_iou
+    prediction, target = torch.randint(21, (2, 64, 64)), torch.randint(21, (2, 64, 64))
     miou, iou = mean_iou(confusion_matrix(prediction, target, num_classes=21))
 
 Run it
-    python evaluate.py --checkpoint runs/NAME/student.pt --dataset camvid --data-root DIR
-    python evaluate.py --checkpoint runs/NAME/student.pt --images DIR --out masks/
+    python evaluate.py --checkpoint runs/001/student.pt --dataset voc --data-root VOC
+    python evaluate.py --checkpoint runs/001/student.pt --images photos --out masks
 """
 
 import torch
 import torch.nn.functional as F
 
 
+def check_values(name, values, num_classes, ignore_index):
+    """Raise ValueError if class numbers (n,) do not lie in 0..K-1."""
+    if len(values) and not 0 <= values.min() <= values.max() < num_classes:
+        raise ValueError(f"{name} values must lie in 0..{num_classes - 1} (or be the ignored "
+                         f"{ignore_index}); got {values.min()}..{values.max()}; labels must have "
+                         "the classes of the network")
+
+
 def confusion_matrix(prediction, target, num_classes, ignore_index=255):
     """Return the (K, K) int64 matrix of pixel counts; rows are truth, columns predictions.
 
     prediction, target: integer tensors of one shape. Pixels whose target is `ignore_index` do not
-    count. Raises ValueError if shapes differ or a value lies outside 0..K-1.
+    count. ValueError if shapes differ or a value lies outside 0..K-1.
     """
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} "
                          "must have the same shape")
-    keep = target != ignore_index
-    truth, guess = target[keep].long(), prediction[keep].long()                    # (n,) each
-    for name, values in (("target", truth), ("prediction", guess)):
-        if len(values) and not 0 <= values.min() <= values.max() < num_classes:
-            raise ValueError(f"{name} values must lie in 0..{num_classes - 1} (or be the ignored "
-                             f"{ignore_index}); got {values.min()}..{values.max()}; labels must "
-                             "have the classes of the network")
+    counted = target != ignore_index
+    truth, guess = target[counted].long(), prediction[counted].long()              # (n,) each
+    check_values("target", truth, num_classes, ignore_index)
+    check_values("prediction", guess, num_classes, ignore_index)
     pairs = truth * num_classes + guess
     return pairs.bincount(minlength=num_classes ** 2).view(num_classes, num_classes)
 
@@ -56,62 +63,46 @@ def mean_iou(matrix):
     return iou.nanmean(), iou
 
 
-def summary(matrix):
-    """Return the dict of metrics of a confusion matrix."""
-    miou, iou = mean_iou(matrix)
-    total = max(matrix.sum().item(), 1)
-    return {"miou": miou.item(), "iou": iou, "matrix": matrix,
-            "pixel_accuracy": matrix.diagonal().sum().item() / total}
-
-
-@torch.inference_mode()
-def evaluate(model, loader, num_classes, reference=None, device=None, ignore_index=255):
-    """Return the `summary` of a model over labelled images: `miou`, `iou` (K,), `matrix` and more.
-
-    model: from images to logits (B, K, of any size), put in eval mode, as is `reference`; networks
-    of another kind: `models.wrap`.
-    loader: yields (images (B, 3, H, W) float in [0, 1] or uint8, targets (B, h, w)); logits are
-    resized to the targets. reference: a second model that takes the place of the targets; the
-    loader's are then only read where they say `ignore_index`, and may be None.
-    """
-    for network in (model, reference):
-        if getattr(network, "training", False):
-            network.eval()                  # a pass in training mode would change its statistics
-    device = device or next(model.parameters()).device
-    matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-    for images, targets in loader:
-        images = as_input(images, device)
-        size = images.shape[-2:] if targets is None else targets.shape[-2:]
-        prediction = predict(model, images, size)
-        if reference is not None:
-            agreed = predict(reference, images, size)
-            if targets is not None:
-                agreed[targets.to(device) == ignore_index] = ignore_index
-            targets = agreed
-        matrix += confusion_matrix(prediction, targets.to(device), num_classes, ignore_index)
-    return summary(matrix.cpu())
-
-
-def as_input(images, device):
-    """Return images on the device as float32 in [0, 1], from uint8 or from float."""
-    images = images.to(device, non_blocking=True)
-    return images.float() / 255 if images.dtype == torch.uint8 else images
-
-
 def predict(model, images, size):
     """Return the class of each pixel at `size` = (h, w): (B, 3, H, W) -> (B, h, w), int64."""
     logits = model(images)                                                # (B, K, of any size)
     return F.interpolate(logits.float(), tuple(size), mode="bilinear").argmax(dim=1)
 
 
-def named_iou(result, class_names):
-    """Return {class: IoU}, None where a class is absent: JSON knows no NaN."""
-    return {name: None if iou != iou else iou
-            for name, iou in zip(class_names, result["iou"].tolist(), strict=True)}
+@torch.inference_mode()
+def evaluate(model, loader, num_classes, reference=None, device=None, ignore_index=255):
+    """Return {"miou", "iou" (K,), "pixel_accuracy", "matrix"} of a model over a loader.
+
+    model: from images to logits of any size, put in eval mode, as is `reference`. It may have more
+    outputs than there are classes: a pixel predicted as one of these counts as wrong.
+    loader: yields (images (B, 3, H, W) float in [0, 1] or uint8, targets (B, h, w)); logits are
+    resized to the targets. reference: a second model whose masks are used instead of the targets;
+    these are then only read where they are `ignore_index`, and may be None.
+    """
+    device, K = device or next(model.parameters()).device, num_classes
+    model.eval()                            # a pass in training mode would change its statistics
+    matrix = torch.zeros(K + 1, K + 1, dtype=torch.int64, device=device)     # K: any other output
+    for images, targets in loader:
+        images = images.to(device)
+        images = images.float() / 255 if images.dtype == torch.uint8 else images
+        size = images.shape[-2:] if targets is None else targets.shape[-2:]
+        if reference is None:
+            truth = targets.to(device)                                             # (B, h, w)
+            check_values("target", truth[truth != ignore_index], K, ignore_index)
+        else:
+            truth = predict(reference.eval(), images, size).clamp(max=K)
+            if targets is not None:
+                truth[targets.to(device) == ignore_index] = ignore_index
+        prediction = predict(model, images, size).clamp(max=K)                     # (B, h, w)
+        matrix += confusion_matrix(prediction, truth, K + 1, ignore_index)
+    matrix = matrix.cpu()
+    iou = mean_iou(matrix)[1][:K]
+    return {"miou": iou.nanmean().item(), "iou": iou, "matrix": matrix[:K, :K],
+            "pixel_accuracy": matrix.diagonal().sum().item() / max(matrix.sum().item(), 1)}
 
 
 def report(results, class_names):
-    """Return a table as text: a line per class, a column per named result of `evaluate`."""
+    """Return a table as text: one line per class, one column per named result of `evaluate`."""
     rows = {name: [r["iou"][k] for r in results.values()] for k, name in enumerate(class_names)}
     rows["mean IoU"] = [r["miou"] for r in results.values()]
     rows["pixel accuracy"] = [r["pixel_accuracy"] for r in results.values()]
@@ -121,10 +112,74 @@ def report(results, class_names):
     return "\n".join(lines)
 
 
+def write_masks(model, folder, out, size, device, overlay=False):
+    """Write an index PNG with a palette for every image of `folder`; return how many.
+
+    size: (H, W) that images are resized to cover. Masks keep the image's own size and relative
+    path, with the suffix .png. Unreadable files are named and skipped. overlay: also write a JPEG
+    of mask and image, blended half and half.
+    """
+    from pathlib import Path
+
+    from support.evaluation import mask_names, save_mask
+    from support.images import as_input, find_images, load_image, resize_to_cover, to_tensor
+    from support.labelled import class_colours
+    from support.progress import progress
+    if Path(folder).resolve() in (Path(out).resolve(), *Path(out).resolve().parents):
+        raise ValueError(f"--out {out} lies in the folder of the images; name another folder")
+    files, written = find_images(folder), 0
+    names = getattr(model, "class_names", ())
+    colours = [*class_colours(names), *class_colours(range(256))[len(names):]]
+    for path, name in zip(progress(files, "masks"), mask_names(files), strict=True):
+        try:
+            image = load_image(path)
+        except ValueError as error:
+            print(f"skipped {error}")
+            continue
+        images = as_input(to_tensor(resize_to_cover(image, size)).unsqueeze(0), device)
+        with torch.inference_mode():
+            mask = predict(model.eval(), images, image.size[::-1])[0]              # (H, W)
+        save_mask(mask, image, Path(out) / name.relative_to(folder), colours, overlay)
+        written += 1
+    return written
+
+
 def main(argv=None):
     """Score a checkpoint on labelled data, or write masks for a folder; return the metrics."""
-    from support.evaluation import main  # here, so that the functions above need torch alone
-    return main(argv)
+    from dataclasses import asdict
+
+    from torch.utils.data import DataLoader
+
+    from support.checkpoint import load_model, save_json
+    from support.evaluation import Config
+    from support.labelled import compare_names, open_labelled
+    from support.options import parse, pick_device, pick_workers
+    from support.progress import progress
+    cfg = parse(Config, argv, "Score a checkpoint on labelled data, or write masks for a folder.")
+    device = pick_device(cfg.device)
+    model = load_model(cfg.checkpoint, cfg.model, cfg.num_classes).to(device)
+    size = cfg.image_size or model.image_size
+    if size is None:
+        raise ValueError(f"{cfg.checkpoint} does not say its image size; give --image-size")
+    if cfg.images:
+        if not cfg.out:
+            raise ValueError("--out is missing; name a folder for the masks")
+        count = write_masks(model, cfg.images, cfg.out, size, device, cfg.overlay)
+        print(f"{count} masks in {cfg.out}")
+        return {"masks": count}
+    data = open_labelled(cfg.dataset, cfg.data_root, cfg.split, size, cfg.num_classes,
+                         cfg.download)
+    compare_names(data, model.class_names)
+    loader = DataLoader(data, num_workers=pick_workers(cfg.workers, device))
+    result = evaluate(model, progress(loader, "evaluate"), len(data.class_names))
+    print(report({"model": result}, data.class_names))
+    iou = {name: None if value != value else value                        # JSON has no NaN
+           for name, value in zip(data.class_names, result["iou"].tolist(), strict=True)}
+    metrics = {"miou": result["miou"], "pixel_accuracy": result["pixel_accuracy"], "iou": iou,
+               "config": asdict(cfg)}
+    if cfg.out:
+        save_json(metrics, cfg.out)
+    return metrics
 
 
 if __name__ == "__main__":

@@ -30,10 +30,10 @@ from support.options import Options, one_sentence, option, parse, pick_device
 
 @dataclass(frozen=True)
 class Config(Options):
-    checkpoint: str | None = option(None, "student.pt, teacher.pt or a state dict", kind="FILE")
+    checkpoint: str | None = option(None, "student.pt, teacher.pt or a state dict", metavar="FILE")
     model: str | None = option(None, "its network, if it is your own: file.py:function, or a name")
-    out: str | None = option(None, "file to write; without it: costs only", kind="FILE")
-    teacher: str | None = option(None, "teacher to compare the cost with", kind="FILE")
+    out: str | None = option(None, "file to write; without it: costs only", metavar="FILE")
+    teacher: str | None = option(None, "teacher to compare the cost with", metavar="FILE")
     teacher_model: str | None = option(None, "its network, as for --model")
     image_size: tuple[int, int] | None = option(None, "size to measure at (default: its own)")
     device: str = option("auto", "where to measure: cpu, cuda ...; auto: a GPU if there is one")

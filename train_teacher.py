@@ -1,9 +1,8 @@
 """The data owner's side: train a teacher on labelled images, and hand over nothing but the network.
 
 Idea
-    DFSS starts from a trained network. Where none exists, this makes one: cross-entropy on random
-    crops, stochastic gradient descent, the last weights. BatchNorm's running statistics, the memory
-    that DFSS reads, are a by-product of any such training.
+    DFSS starts from a trained network. Where none exists, this program trains one: cross-entropy on
+    random crops, SGD, the last weights. The BatchNorm statistics that DFSS reads are a by-product.
 
 Use it
     python train_teacher.py --dataset camvid --data-root DIR --model resnet_small --out runs/teacher
@@ -11,7 +10,6 @@ Use it
 """
 
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,70 +18,73 @@ from torch.utils.data import DataLoader
 
 from evaluate import evaluate, report
 from models import MODELS, build_model
-from support import checkpoint, records, scenes, together
+from support import checkpoint, records, scenes
 from support.data import Batches, Views
 from support.labelled import DATASETS, IGNORE, Labels, check_labels, labels, open_labelled
-from support.options import Running, one_sentence, option, pick_amp, pick_device
-from support.training import OPTIMISERS, Training
-
-training, running = (partial(option, group=g) for g in ("training", "running"))
+from support.options import Running, one_sentence, option, pick_device, pick_workers
+from support.training import Training, warmup_poly
 
 
 @dataclass(frozen=True)
 class Config(Labels, Running):
     eval_split: str | None = labels(None, "part to report mIoU on, if any")
-    model: str = training("resnet_small", "network", MODELS)
-    backbone: str = training("none", "pretrained, downloaded", ("none", "imagenet"))
-    steps: int = training(2000, "number of updates")
-    batch_size: int = training(16, "images an update", least=1)
-    optimiser: str = training("sgd", "how to train", tuple(OPTIMISERS))
-    lr: float = training(0.1, "highest learning rate")
-    image_size: tuple[int, int] | None = training(None, "crop size (default: the data set's)")
-    out: str = running("runs/teacher", "folder for teacher.pt", kind="FOLDER")
+    model: str = option("resnet_small", "network", MODELS, group="inputs")
+    backbone: str = option("none", "pretrained, downloaded", ("none", "imagenet"), group="inputs")
+    image_size: tuple[int, int] | None = option(None, "crop (default: by data set)", group="inputs")
+    steps: int = option(2000, "number of updates", min=1, group="training")
+    batch_size: int = option(16, "images per update", min=1, group="training")
+    lr: float = option(0.1, "highest learning rate", group="training")
+    out: str = option("runs/teacher", "folder for teacher.pt", group="running", metavar="FOLDER")
 
 
 def cross_entropy(logits, target):
     """Return the mean over labelled pixels, or 0: (B, K, H, W), (B, H, W) -> scalar."""
-    total = F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="sum")
-    return total / (target != IGNORE).sum().clamp_min(1)
+    # reduction="sum" has no deterministic form on CUDA.
+    losses = F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="none")
+    return losses.sum() / (target != IGNORE).sum().clamp_min(1)
 
 
-def open_data(cfg, split, size):
-    """Return a part of the labelled data, looked through: a bad label is found before training."""
-    data = open_labelled(cfg.dataset, cfg.data_root, split, size, cfg.num_classes, cfg.download)
-    check_labels(data)
-    return data
+def train(model, data, cfg, out):
+    """Train `model` in place; return its curve [(step, mean loss), ...]."""
+    # Labels at half the size: a quarter of the loss's cost, and as good (results/notes.md).
+    half = tuple(max(side // 2, 1) for side in data.size)
+    views = Views(data.images, data.size, cfg.seed, labelled=data, label_size=half)
+    optimizer = torch.optim.SGD(model.parameters(), cfg.lr, momentum=0.9, weight_decay=1e-4,
+                                fused=True)
+    scheduler = warmup_poly(optimizer, cfg.steps)
+    run = Training(model, optimizer, scheduler, cfg, out)
+    for _, images, _, target in run.batches(Batches(views, cfg.batch_size), "teacher"):
+        with run.autocast():
+            logits = F.interpolate(model(images), half, mode="bilinear")         # (B, K, H/2, W/2)
+        loss = cross_entropy(logits, target)
+        optimizer.zero_grad()
+        run.scaler.scale(loss).backward()
+        run.scaler.step(optimizer)
+        run.scaler.update()
+        scheduler.step()
+        run.log(loss)
+    return run.curve
 
 
 def train_teacher(cfg, out):
     """Train as `cfg` says, write teacher.pt to the folder `out`; return its metrics."""
-    if out is None:                            # a process of torchrun beside the first
-        together.leave()
-    device = pick_device(cfg.device)
     size = cfg.image_size or DATASETS[cfg.dataset][1]
-    data = open_data(cfg, cfg.split, size)
-    held_out = open_data(cfg, cfg.eval_split, size) if cfg.eval_split else None
-    if held_out and set(held_out.images) & set(data.images):
+    parts = [open_labelled(cfg.dataset, cfg.data_root, split, size, cfg.num_classes, cfg.download)
+             for split in (cfg.split, cfg.eval_split) if split]
+    for data in parts:
+        check_labels(data)                         # a bad label is found before training
+    data, held_out = parts[0], parts[-1]
+    if cfg.eval_split and set(data.images) & set(held_out.images):
         raise ValueError("--split and --eval-split share images; name parts that do not")
-
     torch.manual_seed(cfg.seed)
     model = build_model(cfg.model, len(data.class_names), class_names=data.class_names,
                         weights_backbone="DEFAULT" if cfg.backbone == "imagenet" else None,
-                        image_size=size).to(device)
-    # Labels at half the size: a quarter of the loss's cost, and as good (results/labels.csv).
-    half = tuple(max(side // 2, 1) for side in size)
-    views = Views(data.images, size, cfg.seed, labelled=data, label_size=half)
-    run = Training(model, cfg.steps, cfg.lr, cfg.seed, pick_amp(cfg.amp, device), out / "state.pt",
-                   cfg.optimiser)
-    batches = Batches(views, cfg.batch_size)
-    for _, images, _, target in run.batches(batches, cfg.workers, "teacher"):
-        with run.precision():
-            logits = F.interpolate(model(images), half, mode="bilinear")     # (B, K, H/2, W/2)
-        run.step(cross_entropy(logits, target))
-
-    metrics = {"images": len(data), "updates": cfg.steps, "loss": run.curve and run.curve[-1][1]}
-    if held_out:
-        result = evaluate(model, DataLoader(held_out), model.num_classes)
+                        image_size=size).to(pick_device(cfg.device))
+    curve = train(model, data, cfg, out)
+    metrics = {"images": len(data), "updates": cfg.steps, "loss": curve[-1][1]}
+    if cfg.eval_split:
+        loader = DataLoader(held_out, num_workers=pick_workers(cfg.workers, model.mean.device))
+        result = evaluate(model, loader, model.num_classes)
         print(report({"teacher": result}, data.class_names))
         metrics["miou"] = result["miou"]
     checkpoint.save_model(model, out / "teacher.pt")
@@ -94,10 +95,7 @@ def train_teacher(cfg, out):
 
 
 def builtin_teacher(size=None, device="auto", amp="auto"):
-    """Return (folder of the built-in scenes, teacher.pt); draw and train what is missing.
-
-    The teacher is kept under a name that depends on its config, and used again.
-    """
+    """Return (folder of the drawn scenes, teacher.pt); what is missing is drawn and trained."""
     size = size or DATASETS["scenes"][1]
     root = f"runs/scenes-{size[0]}x{size[1]}"
     scenes.write_scenes(root, size=size)
@@ -105,9 +103,9 @@ def builtin_teacher(size=None, device="auto", amp="auto"):
                  device=device, amp=amp)
     out = Path(f"runs/teacher-{records.digest(cfg)}")
     if (out / "teacher.pt").exists():
-        print(f"reusing the built-in scenes in {root} and the teacher in {out}/teacher.pt")
+        print(f"reusing the drawn scenes in {root} and the teacher in {out}/teacher.pt")
     else:
-        cfg = replace(cfg, out=str(out), resume=records.begun(out))
+        cfg = replace(cfg, out=str(out), resume=records.started(out))
         with records.open_run(cfg):
             train_teacher(cfg, out)
     return root, f"{out}/teacher.pt"

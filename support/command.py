@@ -1,28 +1,49 @@
-"""What the command line adds to the method: what it needs before, what it tells and reports after.
+"""What a command line needs besides the method: open the inputs, report and save the outcome.
 
 Use it
-    cfg, teacher, files, held_out, laps = opened(cfg, out, DEFAULTS)   # see distill.run
+    teacher, files, held_out = open_inputs(cfg, out)            # see distill.run
 """
 
-import dataclasses
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch.utils.data import DataLoader
 
-from evaluate import evaluate, report
-from models import build_model, freeze
+from bn_stats import METRICS
+from models import MODELS, build_model, freeze
 from priority import effective_sample_size, progressive_weights
-from support import checkpoint, figures, records, together
-from support.data import Pool, find_images, hold_out, leave_out
-from support.labelled import DATASETS, check_labels, open_labelled
-from support.options import filled, parse_losses, pick_device
-from support.scoring import verdict
-from train_teacher import builtin_teacher
+from support import checkpoint, figures, records
+from support.checks import describe_fit
+from support.data import Pool
+from support.images import drop_copies, find_images, hold_out
+from support.labelled import DATASETS, Labels, check_labels, labels, open_labelled
+from support.options import Running, option, pick_device, pick_workers
+
+inputs, method = partial(option, group="inputs"), partial(option, group="method")
+
+
+@dataclass(frozen=True)
+class Inputs(Labels, Running):
+    """The options that scoring a pool depends on."""
+
+    dataset: str = labels("scenes", "labels to evaluate on; none: no labels", tuple(DATASETS))
+    split: str = labels("val", "part to evaluate on; 'val:A,B' keeps files that begin so")
+    teacher: str | None = inputs(None, "teacher.pt of train_teacher.py", metavar="FILE")
+    teacher_model: str | None = inputs(None, "or a torchvision network", MODELS)
+    teacher_weights: str | None = inputs(None, "with its published weights: DEFAULT")
+    pool: str | None = inputs(None, "unlabelled photos: a folder, or a run's chosen.csv",
+                              metavar="PATH")
+    image_size: tuple[int, int] | None = inputs(None, "crop size (default: the teacher's)")
+    metric: str = method("l2", "distance to the BatchNorm statistics: the paper's l2, or kl",
+                         METRICS)
+    layers: str = method("all", "BatchNorm layers: all, early, middle, late, names, indices")
+    match_colours: bool = method(False, "match each photo's colours to the teacher's training "
+                                 "images (ours)")
 
 
 def load_teacher(cfg):
-    """Return the teacher that the options name, with the image size that counts."""
+    """Return the teacher that the options name, frozen, with the image size that is used."""
     classes = cfg.num_classes or len(DATASETS[cfg.dataset][0] or ()) or None
     if cfg.teacher:
         model = checkpoint.load_model(cfg.teacher, cfg.teacher_model, classes)
@@ -30,40 +51,40 @@ def load_teacher(cfg):
         model = build_model(cfg.teacher_model, classes, weights=cfg.teacher_weights)
     else:
         raise ValueError("no teacher: give --teacher, or --teacher-model and --teacher-weights")
-    model.image_size = cfg.image_size or model.image_size or DATASETS[cfg.dataset][1]
+    default = DATASETS[cfg.dataset][1]
+    if not cfg.image_size and not model.image_size:
+        print(f"the teacher does not say its image size: {default[0]}x{default[1]} is used; "
+              "BatchNorm statistics depend on it, name another by --image-size")
+    model.image_size = cfg.image_size or model.image_size or default
     return freeze(model).to(pick_device(cfg.device), memory_format=torch.channels_last)
 
 
-def opened(cfg, out, defaults):
-    """Return (cfg, teacher, pool files, what to evaluate on, times) for the options.
+def build_student(cfg, teacher):
+    """Return the student that `cfg` names, with the teacher's classes and normalisation."""
+    torch.manual_seed(cfg.seed)
+    return build_model(
+        cfg.student_model, teacher.num_classes, class_names=teacher.class_names,
+        weights_backbone="DEFAULT" if cfg.student_weights == "imagenet" else None,
+        mean=teacher.mean.flatten().tolist(), std=teacher.std.flatten().tolist(),
+        image_size=teacher.image_size).to(teacher.mean.device)
 
-    Draws the built-in scenes and trains their teacher where nothing else is named. To evaluate on:
-    a loader of (images, labels), or, without labels, a list of (images held out, None). Copies of
-    those images in the pool are left out and named in skipped.csv.
+
+def open_inputs(cfg, out=None):
+    """Return (teacher, pool files, held_out) for the options.
+
+    held_out: what to evaluate on, a DataLoader of (images, labels), or, without labels, a list of
+    (images, None) held out from the pool. Copies of these images in the pool are left out, and
+    named in out/skipped.csv.
     """
-    laps = records.Laps()
-    if out is None:                             # a process beside the first: it helps, no more
-        cfg, files = together.told(None)
-        return cfg, load_teacher(cfg), files, None, laps
-    parse_losses(cfg.kd)                        # a typing error is found before anything is read
     if cfg.dataset == "scenes" and not cfg.data_root:
-        if cfg.pool or cfg.teacher or cfg.teacher_model:
-            raise ValueError("--dataset is missing; say which labels there are, or none")
-        root, teacher = builtin_teacher(cfg.image_size, cfg.device, cfg.amp)
-        cfg = filled(dataclasses.replace(cfg, data_root=root, pool=f"{root}/pool", teacher=teacher),
-                     steps=500, views=8)
-    cfg = filled(cfg, **defaults)
+        raise ValueError("--dataset is missing; say which labels there are, or none")
     if not cfg.pool:
-        raise ValueError("--pool is missing; name a folder of unlabelled photographs")
-    laps("scenes and teacher")
-    if Path(cfg.pool).resolve() in Path(out).resolve().parents and cfg.dataset != "scenes":
-        raise ValueError(f"--out {out} lies in the pool; name a folder elsewhere")
+        raise ValueError("--pool is missing; name a folder of unlabelled photos")
     teacher, files = load_teacher(cfg), find_images(cfg.pool)
     size = teacher.image_size
     if cfg.dataset == "none":
         files, others = hold_out(files)
         held_out = [(x, None) for _, x, readable in DataLoader(Pool(others, size)) if readable]
-        print(f"{len(others)} photographs are held out, to measure agreement with the teacher on")
         if not held_out:
             raise ValueError(f"no image held out for agreement is readable: {others[0]}, for one")
     else:
@@ -71,54 +92,81 @@ def opened(cfg, out, defaults):
                                  cfg.download)
         check_labels(labelled, teacher.class_names)   # a bad one is found before hours of training
         others = labelled.images
-        # Only the built-in scenes are sure to have one size, and a batch needs one.
-        held_out = DataLoader(labelled, 16 if cfg.dataset == "scenes" else 1)
-    files, twins = leave_out(files, others)
-    records.write_csv(out / "skipped.csv", ("reason",), [[why] for why in twins])
-    if twins:
-        print(f"warning: {len(twins)} images of the pool, also evaluated on, are left out; "
+        # A batch needs images of one size, which only the drawn scenes are sure to have.
+        batch_size = 16 if cfg.dataset == "scenes" else 1
+        held_out = DataLoader(labelled, batch_size,
+                              num_workers=pick_workers(cfg.workers, teacher.mean.device))
+    files, copies = drop_copies(files, others)
+    if copies:
+        print(f"warning: {len(copies)} images of the pool, also evaluated on, are left out; "
               "skipped.csv names them")
-    together.told((cfg, files))
-    return cfg, teacher, files, held_out, laps
-
-
-def tell_choice(found, cfg, out=None):
-    """Print what the paragraphs 1 to 4 of the method found; with `out`, write it there, too."""
-    distances, weights = found["distances"], found["weights"]
-    n = [effective_sample_size(progressive_weights(weights, p, cfg.schedule)) for p in (0, 1)]
-    skipped, kind = len(found["skipped"]), "distance" if cfg.sampling == "nearest" else "score"
-    print(f"1 teacher   {len(found['layers'])} BatchNorm layers read\n"
-          f"2 scored    {len(found['scores']) - skipped} images, {skipped} unreadable\n"
-          f"3 chosen    {len(weights)} ({cfg.sampling}), {kind} {distances[0]:.4g} to "
-          f"{distances[-1]:.4g}, median of the pool {found['scores'].nanmedian():.4g}\n"
-          f"4 weighted  {cfg.schedule}; as many as {n[0]:.0f} equally weighted images at the "
-          f"start, {n[1]:.0f} at the end")
     if out:
-        records.write_choice(out, found)
+        records.write_csv(out / "skipped.csv", ("reason",), [[reason] for reason in copies])
+    return teacher, files, held_out
 
 
-def shown(found, teacher, out, sampling):
-    """Say and draw whether the pool of a dry run fits the teacher; return its metrics."""
-    together.leave()
-    print(verdict(teacher, found))
-    figures.pool_check(found, teacher.image_size, teacher, out / "pool.png", sampling)
+def record_selection(result, cfg, out):
+    """Print the outcome of steps 1 to 4 of the method; with `out`, write chosen.csv, too."""
+    d, w, scores = result["distances"], result["weights"], result["scores"]
+    start, end = (effective_sample_size(progressive_weights(w, p, cfg.schedule)) for p in (0, 1))
+    name = "distance" if cfg.sampling == "nearest" else "score"
+    print(f"1 teacher   {len(result['layers'])} BatchNorm layers read\n"
+          f"2 scored    {len(scores) - len(result['skipped'])} images, {len(result['skipped'])} "
+          f"unreadable\n"
+          f"3 selected  {len(w)} ({cfg.sampling}), {name} {d[0]:.4g} to {d[-1]:.4g}, median of the "
+          f"pool {scores.nanmedian():.4g}\n"
+          f"4 weighted  {cfg.schedule}: effective sample size {start:.0f} at the start, {end:.0f} "
+          "at the end")
+    if out:
+        records.write_selection(out, result)
+
+
+def report_dry_run(result, teacher, cfg, out):
+    """Print and draw whether the pool fits the teacher; return the metrics of a dry run."""
+    print(describe_fit(teacher, result))
+    figures.pool_figure(result, teacher.image_size, cfg.sampling, out / "pool.png")
     print(f"dry run: nothing was trained; see {out / 'pool.png'}")
-    return {"pool_images": len(found["scores"]) - len(found["skipped"]), "out": str(out)}
+    return {"pool_images": len(result["scores"]) - len(result["skipped"]), "out": str(out)}
 
 
-def reported(cfg, out, teacher, student, found, held_out, laps):
-    """Evaluate, write metrics.json and figure.png, print the result; return the metrics."""
-    results = {}
-    if cfg.dataset != "none":
-        results["teacher"] = evaluate(teacher, held_out, teacher.num_classes)
-        results["student"] = evaluate(student, held_out, teacher.num_classes)
-    results["agreement"] = evaluate(student, held_out, teacher.num_classes, reference=teacher)
-    print("6 evaluated\n" + report(results, teacher.class_names))
-    found["laps"]("evaluation")
-    metrics = records.metrics(cfg, results, teacher, found, {**laps, **found["laps"]})
-    figures.story(found, teacher.image_size, cfg.schedule, teacher, student, held_out,
-                Path(out) / "figure.png", cfg.sampling)
+def run_metrics(cfg, results, result, timer, teacher):
+    """Return the content of metrics.json: the scores, from how many images, in how long, with what.
+
+    results: {"teacher", "student", "agreement"} of evaluate.evaluate, the first two if there are
+    labels. result: of distill.distill. timer: of all stages.
+    """
+    miou, count = {name: r["miou"] for name, r in results.items()}, len(result["files"])
+    # JSON has no NaN: the IoU of a class that is absent is null.
+    iou = {name: {k: None if value != value else value for k, value in zip(
+        teacher.class_names, r["iou"].tolist(), strict=True)} for name, r in results.items()}
+    return {
+        "teacher_miou": miou.get("teacher"), "student_miou": miou.get("student"),
+        "agreement_miou": miou["agreement"],
+        "agreement_pixels": results["agreement"]["pixel_accuracy"], "iou": iou,
+        "pool_images": len(result["scores"]) - len(result["skipped"]),
+        "skipped_images": len(result["skipped"]), "selected_images": count,
+        "seen_images": min(cfg.steps * cfg.batch_size, count), "updates": cfg.steps,
+        "seconds": sum(wall for wall, _ in timer.values()),
+        "stage_seconds": {name: wall for name, (wall, _) in timer.items()},
+        "processor_seconds": {name: processor for name, (_, processor) in timer.items()},
+        "config": asdict(cfg), "environment": records.environment(teacher.mean.device, cfg.amp)}
+
+
+def save_report(cfg, out, teacher, result, results, examples, timer):
+    """Write curve.csv, figure.png and metrics.json, print the last lines; return the metrics."""
+    result["timer"]("evaluation")
+    metrics = run_metrics(cfg, results, result, {**timer, **result["timer"]}, teacher)
+    records.write_csv(out / "curve.csv", ("step", "loss"), result["curve"])
+    figures.run_figure(result, teacher, cfg, examples, out / "figure.png")
     checkpoint.save_json(metrics, out / "metrics.json")   # last: with it, a run counts as finished
     (out / "state.pt").unlink(missing_ok=True)
-    print(records.closing(metrics, out))
+    times = ", ".join(f"{name} {t:.0f} s" for name, t in metrics["stage_seconds"].items())
+    print(f"\n{metrics['pool_images']} pool images scored, {metrics['selected_images']} selected, "
+          f"{metrics['seen_images']} seen in {cfg.steps} updates\n{times}\n"
+          f"record and figure: {out}")
+    if cfg.dataset != "none":
+        print(f"student mIoU {metrics['student_miou']:.1%}, teacher {metrics['teacher_miou']:.1%}",
+              end=", ")
+    print(f"agreement with the teacher {metrics['agreement_miou']:.1%} (pixels "
+          f"{metrics['agreement_pixels']:.1%})")
     return metrics

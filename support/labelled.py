@@ -28,7 +28,7 @@ from torchvision.datasets import Cityscapes
 from torchvision.models.segmentation import FCN_ResNet50_Weights
 
 from support import scenes
-from support.data import find_images, load_image, to_tensor, whole_view
+from support.images import find_images, load_image, resize_to_cover, to_tensor
 from support.options import Options, option
 from support.progress import progress
 
@@ -55,7 +55,7 @@ class Labels(Options):
     """The options that name labelled data."""
 
     dataset: str = labels("camvid", "labelled data", tuple(n for n in DATASETS if n != "none"))
-    data_root: str | None = labels(None, "folder of the labelled data", kind="FOLDER")
+    data_root: str | None = labels(None, "folder of the labelled data", metavar="FOLDER")
     split: str = labels("train", "part of it; 'train:A,B' keeps the files whose names begin so")
     download: bool = labels(False, "let torchvision fetch Pascal VOC")
     num_classes: int | None = labels(None, "for --dataset folder, if it has no classes.txt")
@@ -80,7 +80,7 @@ class Labelled(Dataset):
         if image.size != mask.size:
             raise ValueError(f"{self.labels[index]} is {mask.width}x{mask.height} but its image is "
                              f"{image.width}x{image.height}; they must have the same size")
-        return to_tensor(whole_view(image, self.size)), self.classes(mask, index)
+        return to_tensor(resize_to_cover(image, self.size)), self.classes(mask, index)
 
     def mask(self, index):
         """Return the label values of a file, a PIL picture; ValueError if they cannot be trusted.

@@ -2,8 +2,8 @@
 
 Idea
     A program's Config is a dataclass whose fields carry their own help; the parser, `--help` and
-    the record of a run all come from it, so that none of them can disagree. It checks itself,
-    wherever it is made. What several programs share is declared here and inherited.
+    the record of a run all come from it, so none of them can disagree. It checks itself wherever
+    it is made. Options that several programs share are declared here and inherited.
 
 Use it
     @dataclass(frozen=True)
@@ -15,7 +15,6 @@ Use it
 import argparse
 import math
 import os
-import re
 import signal
 import sys
 import typing
@@ -24,15 +23,17 @@ from functools import partial
 
 import torch
 
+GROUPS = ("inputs", "labels", "method", "training", "output", "options", "running")  # of --help
 
-def option(default, help, choices=None, group="options", least=0, kind=None, required=False):
+
+def option(default, help, choices=None, group="options", min=0, metavar=None, required=False):
     """Return a dataclass field with its help, allowed values and the group it is listed under.
 
-    least: the smallest number that is allowed (default: 0). kind: FILE, FOLDER or what else a word
-    stands for. required: the command line must give it.
+    min: the smallest number that is allowed. metavar: FILE, FOLDER or what else a word stands for.
+    required: the command line must give it.
     """
     return field(default=default, metadata={
-        "help": help, "choices": choices, "group": group, "least": least, "kind": kind,
+        "help": help, "choices": choices, "group": group, "min": min, "metavar": metavar,
         "required": required})
 
 
@@ -40,7 +41,7 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def kind_of(f):
+def value_type(f):
     """Return the type of a field's values: int for `int | None`."""
     return next(t for t in (typing.get_args(f.type) or (f.type,)) if t is not type(None))
 
@@ -55,8 +56,8 @@ class Options:
                 expected = f"one of {', '.join(choices)}"
             elif isinstance(value, tuple) and min(value) < 1:
                 expected = "a height and a width of 1 or more"
-            elif isinstance(value, int | float) and not f.metadata["least"] <= value < math.inf:
-                expected = f"a number of at least {f.metadata['least']}"
+            elif isinstance(value, int | float) and not f.metadata["min"] <= value < math.inf:
+                expected = f"a number of at least {f.metadata['min']}"
             else:
                 continue
             raise ValueError(f"{flag(f.name)} takes {expected}; got {value!r}")
@@ -69,90 +70,88 @@ running = partial(option, group="running")
 class Running(Options):
     """Where and how a program runs, and its seed."""
 
-    seed: int = running(0, "seed of weights, crops, order and random choice")
+    seed: int = running(0, "seed of weights, crops, order and random selection")
     device: str = running("auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
     amp: str = running("auto", "mixed precision; auto: bfloat16 where the hardware has it",
                        ("auto", "bfloat16", "float16", "off"))
-    workers: int = running(0, "processes that load images; a GPU wants four or more")
-    out: str | None = running(None, "folder of the run", kind="FOLDER")
-    resume: bool = running(False, "go on where the interrupted run in --out stopped")
+    workers: int | None = running(None, "processes that load images (default: 4 with a GPU, else "
+                                  "0)")
+    deterministic: bool = running(False, "the same result to the bit on a GPU, but slower")
+    out: str | None = running(None, "folder of the run", metavar="FOLDER")
+    resume: bool = running(False, "resume the interrupted run in --out")
 
 
 def add_option(group, f, default):
     """Give an argparse group the option that a dataclass field declares."""
-    meta, kind = f.metadata, kind_of(f)
-    how = {"help": meta["help"], "required": meta["required"], "default": default}
-    if f.default is not None and f.default is not False and f.default != "":
-        how["help"] += f" (default: {f.default})"
+    meta, kind = f.metadata, value_type(f)
+    settings = {"help": meta["help"], "required": meta["required"], "default": default}
+    if f.default not in (None, False, ""):
+        settings["help"] += f" (default: {f.default})"
     if kind is bool:
-        how["action"] = "store_true"
+        settings["action"] = "store_true"
     elif f.type == (tuple[int, int] | None):
-        how |= {"nargs": 2, "type": int, "metavar": ("H", "W")}
+        settings |= {"nargs": 2, "type": int, "metavar": ("H", "W")}
     else:
-        how |= {"type": kind, "choices": meta["choices"],
-                "metavar": meta["kind"] or {int: "N", float: "X", str: "NAME"}[kind]}
+        settings |= {"type": kind, "choices": meta["choices"],
+                     "metavar": meta["metavar"] or {int: "N", float: "X", str: "NAME"}[kind]}
     if meta["choices"]:
-        how["help"] += "; one of: " + ", ".join(meta["choices"])
-    group.add_argument(flag(f.name), **how)
+        settings["help"] += "; one of: " + ", ".join(meta["choices"])
+    group.add_argument(flag(f.name), **settings)
 
 
-def parse(config_class, argv, description, kept=None):
+def parse(config_class, argv, description, recorded=None):
     """Return a `config_class` made of the words `argv` (None: sys.argv).
 
-    kept: {name: value} of a record, for the options that the words do not name.
+    recorded: {name: value} of an earlier run, for the options that the words do not name.
     """
     parser = argparse.ArgumentParser(description=description, usage="%(prog)s [options]",
                                      allow_abbrev=False)
-    groups = {"options": parser}
-    for f in fields(config_class):
+    groups = {}
+    for f in sorted(fields(config_class), key=lambda f: GROUPS.index(f.metadata["group"])):
         name = f.metadata["group"]
         if name not in groups:
             groups[name] = parser.add_argument_group(name)
-        add_option(groups[name], f, (kept or {}).get(f.name, f.default))
+        add_option(groups[name], f, (recorded or {}).get(f.name, f.default))
     values = vars(parser.parse_args(argv))
     return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def filled(cfg, **defaults):
-    """Return a config in which those of these options that were not set have these values."""
+def with_defaults(cfg, **defaults):
+    """Return a config in which those of these options that are None have these values."""
     return replace(cfg, **{k: v for k, v in defaults.items() if getattr(cfg, k) is None})
-
-
-def parse_losses(text):
-    """Return the factors (pixel-wise, channel-wise) of a sum, and the teacher's temperature.
-
-    "pixelwise+10*channelwise": (1, 10, 1), "pixelwise+channelwise@0.4": (1, 1, 0.4).
-    """
-    total, at, temperature = text.partition("@")
-    number, factors = r"(\d+(?:\.\d+)?)", {"pixelwise": 0.0, "channelwise": 0.0}
-    wrong = at and not (re.fullmatch(number, temperature) and float(temperature))
-    for term in total.split("+"):
-        found = re.fullmatch(rf"(?:{number}\*)?(\w+)", term)
-        if wrong or not found or factors.get(found[2]) != 0:
-            raise ValueError(f"--kd {text!r} is no sum of losses, such as pixelwise+10*channelwise"
-                             ", or pixelwise+channelwise@0.4, with the teacher's temperature")
-        factors[found[2]] = float(found[1] or 1)
-    return *factors.values(), float(temperature or 1)
 
 
 # ---------------------------------------------------------------- where a run computes
 
 def pick_device(name):
-    """Return the torch.device that "auto", "cpu", "cuda" or "cuda:1" stands for."""
+    """Return the torch.device that "auto", "cpu", "cuda" or "cuda:1" stands for.
+
+    Under torchrun each process gets a GPU of its own. ValueError if torch cannot compute there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))                  # processes, of torchrun
-    if name.startswith("cuda") and 0 < torch.cuda.device_count() < here:
-        raise ValueError(f"there are {here} processes but {torch.cuda.device_count()} GPUs here; "
-                         "lower --nproc-per-node, or use --device cpu")
-    if here > 1 and ":" in name and torch.cuda.device_count():
-        raise ValueError(f"--device {name} is one GPU for all {here} processes; use cuda")
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if name.startswith("cuda") and processes > 1:
+        if processes > gpus or ":" in name:
+            raise ValueError(f"{processes} processes need {processes} GPUs, but --device {name} "
+                             f"has {1 if ':' in name else gpus}; lower --nproc-per-node, or use "
+                             "--device cpu")
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"torch cannot compute on --device {name} here; use cpu") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"torch cannot compute on --device {name} here ({reason}); free it, or "
+                         "use --device cpu") from error
     return device
+
+
+def pick_workers(workers, device):
+    """Return the number of loading processes: by default enough to keep a GPU busy."""
+    if workers is not None:
+        return workers
+    return min(4, os.cpu_count()) if device.type == "cuda" else 0
 
 
 def pick_amp(name, device):
@@ -160,49 +159,59 @@ def pick_amp(name, device):
 
     "auto" is bfloat16 where the hardware computes in it, which about doubles the speed.
     """
-    if name != "auto":
-        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "off": None}[name]
     native = (torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda"
               else torch.cpu.get_capabilities().get("avx512_bf16"))
-    return torch.bfloat16 if native else None
+    if name == "bfloat16" and device.type == "cuda" and not native:
+        raise ValueError(f"{torch.cuda.get_device_name(device)} does not compute in bfloat16; use "
+                         "--amp float16 or --amp off")
+    if name == "auto":
+        return torch.bfloat16 if native else None
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "off": None}[name]
 
 
 # ---------------------------------------------------------------- errors of a user
 
-def sentence(error):
-    """Return (what to say, exit code) for an error that a user can cause or cure, else None."""
-    words, code = f"error: {error}", 2
+# What torch raises as a RuntimeError, and what to do about it.
+CAUSES = {
+    "DataLoader worker": "a process that loads images died; use fewer --workers, or 0",
+    "not enough memory": "out of memory; lower --batch-size, --image-size or --views",
+    "out of memory": "out of memory; lower --batch-size, --image-size or --views",
+    "Too many open files": "too many open files; raise `ulimit -n`, or use fewer --workers",
+    "unexpected EOF": "a downloaded file is cut off; delete it from torch's cache and start again",
+    "invalid hash value": "a downloaded file is damaged; start again to fetch it anew"}
+
+
+def explain(error):
+    """Return one sentence for an error that a user can cause or overcome, else None."""
+    sentence = f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
-        words, code = "interrupted", 128 + (error.args or (signal.SIGINT,))[0]
-    elif isinstance(error, torch.OutOfMemoryError | MemoryError):
-        words = "error: out of memory; lower --batch-size or --image-size and start again"
-    elif "DataLoader worker" in str(error):
+        sentence = "interrupted"
+    elif isinstance(error, MemoryError):
+        sentence = f"error: {CAUSES['out of memory']}"
+    elif not isinstance(error, ValueError) and any(cause in str(error) for cause in CAUSES):
         # It strikes at any moment, also while a progress bar is drawn: begin a line.
-        words = "\nerror: a process that loads images died; use fewer --workers, or 0"
+        sentence = "\nerror: " + next(CAUSES[cause] for cause in CAUSES if cause in str(error))
     elif not isinstance(error, ValueError | OSError):
         return None
-    return "; ".join([words, *getattr(error, "__notes__", [])]), code
+    return "; ".join([sentence, *getattr(error, "__notes__", [])])
 
 
 def one_sentence(main):
-    """Make errors a user can cause one sentence on stderr and exit code 2, not a traceback.
+    """Make errors that a user can cause one sentence on stderr and exit code 2, not a traceback.
 
-    SIGTERM and SIGHUP are taken like Ctrl-C; the exit code is 128 + the signal's number. Set the
-    environment variable DFSS_TRACEBACK to see where an error arose.
+    SIGTERM is taken like Ctrl-C. With the environment variable DFSS_TRACEBACK the traceback shows.
     """
-    def interrupt(number, frame):
-        raise KeyboardInterrupt(number)
+    def interrupt(*_):
+        raise KeyboardInterrupt
 
     def program():
-        for name in ("SIGTERM", "SIGHUP"):                      # Windows knows no SIGHUP
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), interrupt)
+        signal.signal(signal.SIGTERM, interrupt)
         try:
             main()
         except (Exception, KeyboardInterrupt) as error:
-            said = sentence(error)
-            if said is None or os.environ.get("DFSS_TRACEBACK"):
+            sentence = explain(error)
+            if sentence is None or os.environ.get("DFSS_TRACEBACK"):
                 raise
-            print(said[0], file=sys.stderr)
-            raise SystemExit(said[1]) from None
+            print(sentence, file=sys.stderr)
+            raise SystemExit(130 if sentence.startswith("interrupted") else 2) from None
     return program

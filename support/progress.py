@@ -1,4 +1,4 @@
-"""A progress bar on a terminal, and in a log file a plain line now and then.
+"""A progress bar on a terminal; in a log file, a plain line now and then.
 
 Use it
     from support.progress import progress
@@ -22,8 +22,8 @@ class Lines:
         sys.stderr.flush()
 
 
-def progress(iterable=None, name="", **how):
+def progress(iterable=None, name="", **options):
     """Return a tqdm bar over `iterable`; without a terminal, a line of 79 columns every 30 s."""
     if sys.stderr.isatty():
-        return tqdm(iterable, name, mininterval=1, **how)
-    return tqdm(iterable, name, mininterval=30, ncols=79, ascii=True, file=Lines(), **how)
+        return tqdm(iterable, name, mininterval=1, **options)
+    return tqdm(iterable, name, mininterval=30, ncols=79, ascii=True, file=Lines(), **options)

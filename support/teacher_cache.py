@@ -1,153 +1,106 @@
-"""The teacher answers each view once, and its answers are kept: step 5a.
+"""Cached teacher logits: the teacher's forward pass runs once per view.
 
 Idea
-    A chosen photograph has a fixed number of views, so that the teacher, by far the dearest part of
-    a training step, need not be asked again. Its answers are kept at the resolution at which the
-    two are compared, in half precision: in memory while they fit, else in a file.
+    Each selected photo has a fixed set of augmented views. The teacher's forward pass is the most
+    expensive part of a training step, so its logits are computed once and cached in float16 at the
+    resolution at which they are compared: in memory if they fit, otherwise in a temporary file.
 
 Symbols
-    N chosen files, V views of each, B images, K classes, H W pixels, h w of what is compared.
+    N selected files, V views of each, B images, K classes, H W pixels, h w of the logits.
 
 Use it
-    ask = partial(answers_of, folded(teacher, (96, 128)), like=(24, 32))
-    answers = ask(images)                                        # (B, 3, H, W) -> (B, K, h, w)
-    kept = Kept(ask, views, V, device); images, answers = kept[[(slot, view), ...]]
+    from support.teacher_cache import TeacherCache, resize
+    cache = TeacherCache(lambda x: resize(teacher(x), (24, 32)), views, cfg, device)
+    images, teacher_logits = cache[[(0, 0), (5, 2)]]      # keys: (index of the file, view number)
 """
 
-import copy
 import math
-import os
 import tempfile
-from contextlib import nullcontext
-from itertools import pairwise
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import DataLoader
 
-from evaluate import as_input
-from support import together
-from support.data import loaded
+from support.data import iterate
+from support.images import as_input
+from support.options import pick_workers
 from support.progress import progress
 
-MEMORY = 4 * 2 ** 30      # bytes of views and answers that are kept in memory
+MEMORY = 4 * 2 ** 30      # bytes of views, and of logits, that are kept in memory
 
 
-def common_size(teacher, student, image):
-    """Return (h, w) at which to compare logits of two sizes (h, w), for images of size (H, W).
+@torch.no_grad()
+def comparison_size(teacher, student, size):
+    """Return (h, w) at which to compare the logits of two networks for images of size (H, W).
 
-    The student's own: finer costs more and teaches no more. But one that is coarser than a quarter
-    of the image (DeepLab's) meets the teacher at the teacher's size, or at a quarter: compared at
-    its own it lost 3 points (results/README.md).
+    The student's own size: a finer one costs more and teaches no more. A student coarser than a
+    quarter of the image (DeepLab's) is compared at the teacher's size or at a quarter: at its own
+    size it lost 3 points of mIoU (results/notes.md).
     """
-    return tuple(max(s, min(t, -(-side // 4)))
-                 for t, s, side in zip(teacher, student, image, strict=True))
+    image = torch.zeros(1, 3, *size, device=next(teacher.parameters()).device)
+    teacher_size, student_size = (net.eval()(image).shape[-2:] for net in (teacher, student))
+    return tuple(max(s, min(t, math.ceil(side / 4)))
+                 for t, s, side in zip(teacher_size, student_size, size, strict=True))
 
 
-def resized(logits, size):
-    """Return logits (B, K, ., .) at `size` = (h, w): as they are, else by bilinear weights."""
+def resize(logits, size):
+    """Return logits (B, K, ., .) at `size` = (h, w), bilinear, antialiased where they shrink."""
     if logits.shape[-2:] == torch.Size(size):
         return logits
-    return F.interpolate(logits.float(), size, mode="bilinear", antialias=True)
+    # Antialiasing has no deterministic backward pass on CUDA, and only matters when shrinking.
+    return F.interpolate(logits.float(), size, mode="bilinear",
+                         antialias=size[0] < logits.shape[-2])
 
 
-@torch.no_grad()
-def folded(teacher, size):
-    """Return a copy without BatchNorm that answers as the teacher does, up to rounding, but faster.
+def allocate(shape, folder=None):
+    """Return an empty float16 tensor: in memory if it fits, otherwise in a file of the folder.
 
-    teacher: a `models.SegmentationModel` in eval mode. size: (H, W) of its images. A BatchNorm is
-    folded into the convolution that its parent defines just before it. If the parent does not
-    compute in that order, answers change, and the teacher itself is returned.
+    The file is temporary: the system removes it when the program ends. OSError if the disk is full.
     """
-    faster = copy.deepcopy(teacher)
-    for parent in list(faster.modules()):
-        for (name, conv), (after, bn) in pairwise(parent.named_children()):
-            if (type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d and bn.track_running_stats
-                    and conv.out_channels == bn.num_features):
-                setattr(parent, name, fuse_conv_bn_eval(conv, bn))
-                setattr(parent, after, nn.Identity())
-    image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
-    image = image.to(teacher.mean.device)
-    expected, logits = teacher(image), faster(image)                           # (1, K, h, w) each
-    same = (logits - expected).abs().max() <= 1e-2 * expected.abs().max()
-    return faster if same else teacher
-
-
-@torch.no_grad()
-def answers_of(teacher, images, like, precision=None, temperature=1.0):
-    """Return the teacher's logits at `like` = (h, w), float32: (B, 3, H, W) -> (B, K, h, w).
-
-    precision: context in which it computes. temperature: what its logits are divided by; below 1
-    its answers are surer (sharpening, as DINO does, arXiv 2104.14294).
-    """
-    with precision or nullcontext():
-        return resized(teacher(images).float(), like) / temperature
-
-
-def half_tensor(shape, folder):
-    """Return an empty float16 tensor: in memory while it fits, else in a file of the folder.
-
-    The file has no name, so that the system removes it whatever happens.
-    """
-    size = 2 * math.prod(shape)
+    size, folder = 2 * math.prod(shape), folder or tempfile.gettempdir()
     if size <= MEMORY:
         return torch.empty(shape, dtype=torch.float16)
-    folder = folder or tempfile.gettempdir()
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            if hasattr(os, "posix_fallocate"):                   # a full disk shows now, not later
-                os.posix_fallocate(file.fileno(), 0, size)
-            return torch.from_numpy(np.memmap(file, np.float16, "w+", shape=tuple(shape)))
+            for _ in range(math.ceil(size / 2 ** 26)):        # a full disk shows now, not later
+                file.write(bytes(2 ** 26))
+            file.flush()
+            return torch.from_numpy(np.memmap(file, np.float16, "r+", shape=tuple(shape)))
     except OSError as error:
-        raise OSError(f"no room for {size / 1e9:.0f} GB of the teacher's answers in {folder} "
-                      f"({error.strerror}); lower --views or --budget, or --views 0") from error
+        raise OSError(f"no room for {size / 1e9:.0f} GB of teacher logits in {folder} "
+                      f"({error.strerror}); lower --views or --budget, or use --views 0") from error
 
 
-class Kept:
-    """The answers to `count` views of each file; kept[keys] -> (images, answers).
+class TeacherCache:
+    """Views and teacher logits: cache[keys] -> (images uint8 (B, 3, H, W), logits (B, K, h, w)).
 
-    ask: from images (B, 3, H, W) on the device to answers (B, K, h, w). keys: B of (slot, view).
-    images: uint8 (B, 3, H, W); answers: (B, K, h, w) float16. Views are kept with their answers
-    while both fit into memory, else they are cut again.
+    teacher_pass: from images (B, 3, H, W) on the device to logits (B, K, h, w); they are stored in
+    float16. views: a `data.Views`, of which cfg.views of each file are cached, no more than will be
+    used. keys: B of (index, view number). folder: for logits that do not fit into memory; views
+    that do not are cut again.
     """
 
-    def __init__(self, ask, views, count, device, batch_size=16, workers=0, folder=None):
-        self.views, self.count = views, count
-        keys = [(slot, view) for slot in range(len(views.files)) for view in range(count)]
-        batches = [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)]
-        # Of n processes each answers `each` batches in a row, so that a file is read by one of
-        # them; where there are none left, the last one again.
-        rank, n = together.place.get()
-        each = -(-len(batches) // n)
-        own = [batches[min(rank * each + i, len(batches) - 1)] for i in range(each)]
-        loader = DataLoader(views, batch_sampler=own, num_workers=workers,
-                            pin_memory=device.type == "cuda")
-        for i, images in enumerate(progress(loaded(loader), "answering", total=each)):
-            # (B, K, h, w), clamped to what float16 can hold
-            answers = ask(as_input(images, device)).clamp(-6e4, 6e4).half()
-            if not i:
-                both = len(keys) * (images[0].numel() + 2 * answers[0].numel())
-                rows = 0 if rank else len(keys)                  # the first process keeps them all
-                self.answers = half_tensor((rows, *answers.shape[1:]), folder)
-                self.images = None if both > MEMORY else images.new_empty(rows, *images.shape[1:])
-            for kept, found in ((self.answers, answers), (self.images, images)):
-                for j, x in enumerate([] if kept is None else together.gathered(found, batch_size)):
-                    room = kept[(j * each + i) * batch_size:][:batch_size]
-                    room.copy_(x[:len(room)])                    # less padding
+    def __init__(self, teacher_pass, views, cfg, device, folder=None):
+        self.views, self.images, batch_size = views, None, cfg.batch_size
+        self.count = min(cfg.views, math.ceil(cfg.steps * batch_size / len(views.files)))
+        keys = [(index, view) for index in range(len(views.files)) for view in range(self.count)]
+        loader = DataLoader(views, batch_size, sampler=keys, pin_memory=device.type == "cuda",
+                            num_workers=pick_workers(cfg.workers, device))
+        for i, images in enumerate(progress(iterate(loader), "teacher logits", total=len(loader))):
+            # float16 holds no more than 65,504
+            logits = teacher_pass(as_input(images, device)).clamp(-6e4, 6e4).half()
+            if i == 0:
+                self.logits = allocate((len(keys), *logits.shape[1:]), folder)
+                if len(keys) * images[0].numel() <= MEMORY:
+                    self.images = torch.empty(len(keys), *images.shape[1:], dtype=torch.uint8)
+            rows = slice(i * batch_size, i * batch_size + len(images))
+            self.logits[rows] = logits.cpu()
+            if self.images is not None:
+                self.images[rows] = images
 
     def __getitem__(self, keys):
-        index = torch.tensor([slot * self.count + view for slot, view in keys])
-        images = (torch.stack([self.views[key] for key in keys]) if self.images is None
-                  else self.images[index])
-        return images, self.answers[index]
-
-
-def keep(ask, views, cfg, device, out=None):
-    """Return the answers to cfg.views of each file, no more than will be seen; None for 0."""
-    count = min(cfg.views, -(-cfg.steps * cfg.batch_size // len(views.files)))
-    kept = Kept(ask, views, count, device, cfg.batch_size, cfg.workers, out) if count else None
-    together.leave()
-    return kept
+        rows = torch.tensor([index * self.count + view for index, view in keys])
+        if self.images is None:
+            return torch.stack([self.views[key] for key in keys]), self.logits[rows]
+        return self.images[rows], self.logits[rows]

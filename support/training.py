@@ -1,100 +1,100 @@
-"""The mechanics of training, for the teacher and for the student, behind a plain `for` loop.
+"""What a training loop needs besides its method: batches, mixed precision, resume, loss checks.
 
 Idea
-    The loop shows images, logits, losses and weights; what resumes, saves and checks the loss is
-    here. Batch t depends on (seed, t) alone and so does the dropout of step t:
-    weights, optimiser and step number are the whole state of a run.
-
-Equation
-    lr(t) = lr0 min(1, (t + 1) / 50) (1 - t / steps)^0.9          (warm-up, then "poly")
+    The loop itself shows images, logits, losses, backward(), optimizer and scheduler; what resumes,
+    saves and checks the loss is here. Batch t depends on (seed, t) alone, and so does the dropout
+    of step t: weights, optimizer, scheduler and step number are the whole state of a run.
 
 Use it
-    run = Training(student, steps=900, lr=0.01)
-    for progress, images, slots, answers in run.batches(batches):     # progress: 0 towards 1
-        run.step(loss_of(images))                                 # a scalar
-    run.curve                                                     # [(step, mean loss), ...]
+    run = Training(student, optimizer, scheduler, cfg)
+    for step, images, index, teacher_logits in run.batches(batches):
+        ...                                                # forward, backward, optimizer, scheduler
+        run.log(loss)
+    run.curve                                              # [(step, mean loss), ...]
 """
 
 import sys
 import time
 from contextlib import closing
-from functools import partial
-from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 
-from evaluate import as_input
 from support import checkpoint
-from support.data import loaded
+from support.data import iterate
+from support.images import as_input
+from support.options import pick_amp, pick_workers
 from support.progress import progress
+from support.records import identity
 
-CHECK_EVERY = 50          # steps between two looks at the loss; each look waits for the device
-SAVE_EVERY = 500          # steps between two resumable states, but never more than
-SAVE_SECONDS = 60         # so many seconds
-
-
-def learning_rate(step, steps, lr0):
-    """Return the learning rate of a step, 0 <= step < steps."""
-    return lr0 * min(1, (step + 1) / 50) * (1 - step / steps) ** 0.9
+CHECK_EVERY = 50          # steps between two checks of the loss; each check waits for the device
+SAVE_EVERY = 500          # steps between two resumable states, or after
+SAVE_SECONDS = 60         # this many seconds, whichever comes first
 
 
-OPTIMISERS = {"adamw": partial(torch.optim.AdamW, weight_decay=0.01, fused=True),
-              "sgd": partial(torch.optim.SGD, momentum=0.9, weight_decay=1e-4, fused=True)}
+def warmup_poly(optimizer, steps):
+    """Return the scheduler lr(t) = lr0 min(1, (t + 1) / 50) (1 - t / steps)^0.9, 0 <= t < steps.
+
+    A short warm-up, then the "poly" schedule that is usual in semantic segmentation.
+    """
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda t: min(1, (t + 1) / 50) * max(0, 1 - t / steps) ** 0.9)
 
 
 class Training:
-    """A model in training: optimiser, learning rate, curve, and the state that is kept on disk.
+    """The state of a training run, in memory and on disk.
 
-    amp: autocast dtype or None. optimiser: one of OPTIMISERS. state_path: where to keep the
-    resumable state; if one is there, training goes on from it. about: what tells this run from
-    others, a string; a state that was kept about another is refused.
+    cfg: has steps, seed, amp and workers. out: the folder of the run; if it holds a state.pt,
+    training resumes from it. about: networks and values that tell this run from others, besides
+    cfg and the model's initial weights; a state of another run is refused.
     """
 
-    def __init__(self, model, steps, lr, seed=0, amp=None, state_path=None, optimiser="adamw",
-                 about=None):
-        self.model, self.steps, self.lr, self.seed, self.amp = model, steps, lr, seed, amp
-        self.about = about
-        self.device, self.path = next(model.parameters()).device, state_path
+    def __init__(self, model, optimizer, scheduler, cfg, out=None, about=()):
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.cfg, self.path = cfg, out / "state.pt" if out else None
+        self.about = identity(cfg, model, *about) if out else None
+        self.device = next(model.parameters()).device
         # Channels-last is the faster layout in mixed precision. In float32 on a CPU it gains
-        # nothing, and there torch 2.14.1 corrupts memory in the backward pass of a strided 1x1
+        # nothing, and torch 2.14.1 corrupts memory there in the backward pass of a strided 1x1
         # convolution.
-        if amp or self.device.type == "cuda":
+        self.amp = pick_amp(cfg.amp, self.device)
+        if self.amp or self.device.type == "cuda":
             model.to(memory_format=torch.channels_last)
-        self.optimiser = OPTIMISERS[optimiser](model.parameters(), lr)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == torch.float16)
-        self.done, self.curve, self.losses = 0, [], []      # losses: since the last look
-        if state_path and Path(state_path).exists():
-            self.load(state_path)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
+        self.done, self.curve, self.losses = 0, [], []           # losses: since the last check
+        if self.path and self.path.exists():
+            self.load(self.path)
 
     def load(self, path):
-        """Go on from the state in a file; ValueError if it is of another run."""
+        """Resume from the state in a file; ValueError if it belongs to another run."""
         state = checkpoint.load(path)
         try:
             if state["about"] != self.about:
-                raise ValueError("another teacher, or other options")
+                raise ValueError("another teacher, student or other options")
             self.model.load_state_dict(state["model"])
-            self.optimiser.load_state_dict(state["optimiser"])
-            self.scaler.load_state_dict(state["scaler"])
+            for name in ("optimizer", "scheduler", "scaler"):
+                getattr(self, name).load_state_dict(state[name])
             self.done, self.curve, self.losses = state["step"], state["curve"], state["losses"]
             self.losses = [x.to(self.device) for x in self.losses]
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise ValueError(f"{path} is no state of this run; delete it to begin anew") from error
+            raise ValueError(f"{path} is not a state of this run; delete it to start over, or "
+                             "choose another folder") from error
 
     def save(self):
-        """Keep the state; ValueError, and nothing is written, if loss or weights are not finite."""
-        self.look()
+        """Save the state; ValueError, and nothing is written, if loss or weights are not finite."""
+        self.check_loss()
         if not all(x.isfinite().all() for x in self.model.state_dict().values()):
             raise ValueError(f"the weights became infinite or NaN by step {self.done}; lower --lr, "
                              "or use --amp off. Nothing bad was saved")
         if self.path:
-            checkpoint.save({"about": self.about, "step": self.done, "curve": self.curve,
-                             "losses": self.losses,
-                             "model": self.model.state_dict(), "scaler": self.scaler.state_dict(),
-                             "optimiser": self.optimiser.state_dict()}, self.path)
+            checkpoint.save({
+                "about": self.about, "step": self.done, "curve": self.curve, "losses": self.losses,
+                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict(),
+            }, self.path)
 
-    def look(self):
-        """Return the mean loss since the last look; ValueError names a step that is not finite."""
+    def check_loss(self):
+        """Return the mean loss since the last check; ValueError names a step that is not finite."""
         losses = torch.stack(self.losses) if self.losses else torch.zeros(1)
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
@@ -103,44 +103,39 @@ class Training:
                              "--amp off. Nothing bad was saved")
         return losses.mean().item()
 
-    def precision(self):
+    def autocast(self):
         """Return the context in which the networks compute: mixed precision, if it is on."""
         return torch.autocast(self.device.type, self.amp or torch.bfloat16,
                               enabled=self.amp is not None)
 
-    def step(self, loss):
-        """Take one step down the gradient of a scalar loss."""
-        self.optimiser.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimiser)
-        self.scaler.update()
+    def log(self, loss):
+        """Note the loss of this step, a scalar."""
         self.losses.append(loss.detach())
 
-    def batches(self, dataset, workers=0, name="distilling"):
-        """Yield (progress, *dataset[t]) on the device for each step t that is left; see `step`.
+    def batches(self, dataset, name="distilling"):
+        """Yield (step, *dataset[step]) on the device for each step that is left.
 
         Images become float32 in [0, 1]. OSError for a file that can no longer be read, ValueError
-        when the loss is not finite. Whatever stops it, training goes on from the last state.
+        when the loss is not finite. Whatever stops it, training resumes from the last state.
         """
-        # Forked processes share the kept answers with this one; others would get a copy.
+        # Forked processes share the cache with this one; others would get a copy of it.
+        workers, steps = pick_workers(self.cfg.workers, self.device), self.cfg.steps
         fork = "fork" if workers and sys.platform == "linux" else None
-        feed = loaded(DataLoader(
-            dataset, batch_size=None, sampler=range(self.done, self.steps), num_workers=workers,
+        loader = iterate(DataLoader(
+            dataset, batch_size=None, sampler=range(self.done, steps), num_workers=workers,
             pin_memory=self.device.type == "cuda", multiprocessing_context=fork))
-        self.save()              # from where whoever is stopped and calls again with `model` begins
+        self.save()          # an interrupted caller of the Python API starts again from here
         self.model.train()
-        bar = progress(name=name, initial=self.done, total=self.steps)
+        bar = progress(name=name, initial=self.done, total=steps)
         saved = time.monotonic()
-        with closing(feed), bar:                              # closing ends the loading processes
-            for t, batch in enumerate(feed, self.done):
-                for group in self.optimiser.param_groups:
-                    group["lr"] = learning_rate(t, self.steps, self.lr)
-                # Dropout depends on (seed, t) alone. On a CPU only the low 32 bits of a seed count.
-                torch.manual_seed((1_000_003 * self.seed + t) % 2 ** 63)
-                yield t / self.steps, *(x if x is None else as_input(x, self.device) for x in batch)
-                self.done, last = t + 1, t + 1 == self.steps
+        with closing(loader), bar:                            # closing ends the loading processes
+            for step, batch in enumerate(loader, self.done):
+                # Dropout depends on (seed, step) alone. On a CPU only the low 32 bits count.
+                torch.manual_seed((1_000_003 * self.cfg.seed + step) % 2 ** 63)
+                yield step, *(x if x is None else as_input(x, self.device) for x in batch)
+                self.done, last = step + 1, step + 1 == steps
                 if self.done % CHECK_EVERY == 0 or last:
-                    self.curve.append((self.done, self.look()))
+                    self.curve.append((self.done, self.check_loss()))
                     self.losses = []
                     bar.set_postfix(loss=f"{self.curve[-1][1]:.4f}", refresh=False)
                 bar.update()

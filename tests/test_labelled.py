@@ -9,7 +9,8 @@ import torchvision
 from pictures import coordinates, folder, mask, write
 from PIL import Image
 
-from support.data import Views, load_image
+from support.data import Views
+from support.images import load_image
 from support.labelled import CAMVID, CITYSCAPES, VOC, check_labels, class_colours, open_labelled
 
 

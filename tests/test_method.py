@@ -14,8 +14,7 @@ from torch import nn
 
 import distill
 from models import wrap
-from support.recolour import private_colours
-from support.data import Batches, Pool, Views, find_images
+from support.data import Batches, Views, open_pool
 
 SIZE, CLASSES, STEPS, LR = (32, 48), 5, 2, 0.01
 
@@ -37,30 +36,26 @@ def network(width, strides, seed):
 # Every option of the method at values that are not its default.
 OPTIONS = {"metric": ["kl"], "layers": ["late", "0,1"], "weighting": ["rank"],
            "schedule": ["fixed", "uniform"], "sampling": ["random", "confidence"],
-           "colours": [True], "pixelwise": [3.0], "channelwise": [0.0, 10.0],
+           "match_colours": [True], "pixelwise": [3.0], "channelwise": [0.0, 10.0],
            "teacher_temperature": [0.4], "budget": [0, 5], "views": [3], "seed": [7],
            "batch_size": [2], "lr": [0.02], "steps": [3]}
 DEFAULT = {"metric": "l2", "layers": "all", "weighting": "minmax", "schedule": "linear",
-           "sampling": "nearest", "colours": False, "pixelwise": 1.0, "channelwise": 1.0,
+           "sampling": "nearest", "match_colours": False, "pixelwise": 1.0, "channelwise": 1.0,
            "teacher_temperature": 1.0, "budget": 8, "views": 0, "seed": 0, "batch_size": 4,
            "lr": LR, "steps": STEPS}
 EACH = [{name: value} for name, values in OPTIONS.items() for value in values]
 TOGETHER = [
-    {"metric": "kl", "colours": True, "channelwise": 10.0, "teacher_temperature": 0.4,
+    {"metric": "kl", "match_colours": True, "channelwise": 10.0, "teacher_temperature": 0.4,
      "schedule": "uniform", "seed": 3},
-    {"metric": "kl", "layers": "0,1", "weighting": "rank", "colours": True, "pixelwise": 3.0,
+    {"metric": "kl", "layers": "0,1", "weighting": "rank", "match_colours": True, "pixelwise": 3.0,
      "channelwise": 10.0, "teacher_temperature": 0.4, "budget": 5, "views": 3, "seed": 7},
     {"sampling": "random", "views": 3, "pixelwise": 0.0, "seed": 2},
-    {"sampling": "confidence", "weighting": "rank", "colours": True, "views": 3}]
+    {"sampling": "confidence", "weighting": "rank", "match_colours": True, "views": 3}]
 
 
 def config(options):
     """Return the Config with these options, the others at the defaults of this file."""
-    o = DEFAULT | options
-    kd = f"{o.pop('pixelwise')}*pixelwise+{o.pop('channelwise')}*channelwise"
-    kd += f"@{o.pop('teacher_temperature')}"
-    align = "transfer-first" if o.pop("colours") else "none"
-    return distill.Config(**o, kd=kd, align=align, amp="off")
+    return distill.Config(**DEFAULT | options, amp="off")
 
 
 def run(pool_folder, options, monkeypatch):
@@ -142,15 +137,14 @@ def loss_by_hand(student, teacher_logits, index, weights, progress, o):
 def by_hand(pool_folder, options, steps):
     """Return (files, distances, weights, losses) as the README has them."""
     o, teacher = DEFAULT | options, network(16, (2, 1, 1), seed=1)
-    prepare = private_colours(teacher, SIZE) if o["colours"] else None
-    pool = Pool(find_images(pool_folder), SIZE, prepare)
+    pool = open_pool(pool_folder, teacher, SIZE, o["match_colours"])
     images = torch.stack([pool.view(i) for i in range(len(pool))]) / 255
     scores = scores_by_hand(teacher, images, o)
     order = scores.argsort()[:o["budget"] or len(pool)]
     weights = weights_by_hand(scores[order], o)
 
     files, losses = [pool.files[i] for i in order.tolist()], []
-    batches = Batches(Views(files, SIZE, o["seed"], prepare=prepare), o["batch_size"])
+    batches = Batches(Views(files, SIZE, o["seed"], pool.transform), o["batch_size"])
     for t, (student, _) in enumerate(steps):
         views, index, _ = batches[t]
         with torch.no_grad():
@@ -202,5 +196,5 @@ def test_no_option_of_the_method_is_ignored(pool_folder, monkeypatch):
 
 def test_every_option_of_the_method_is_in_this_file():
     declared = {f.name for f in dataclasses.fields(distill.Config)
-                if f.metadata["group"] in ("method", "training")} - {"image_size"}
-    assert declared - {"kd", "align"} <= set(OPTIONS)
+                if f.metadata["group"] in ("method", "training")}
+    assert declared | {"budget", "seed"} == set(OPTIONS) == set(DEFAULT)
