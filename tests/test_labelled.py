@@ -270,7 +270,10 @@ def test_a_network_with_other_class_names_is_warned_of_but_may_have_more_behind(
 
 
 @pytest.mark.parametrize("turn", [3, 6])
-def test_an_image_that_belongs_to_a_label_is_read_as_its_pixels_are_stored(tmp_path, turn):
+def test_an_image_that_belongs_to_a_label_is_read_as_its_pixels_are_stored(
+        tmp_path, monkeypatch, turn):
+    monkeypatch.setattr("support.data.MAX_SCALE", 1)
+    monkeypatch.setattr("support.data.JITTER", 0)
     exif = Image.Exif()
     exif[0x0112] = turn
     labels = mask(*[[0] * 8 + [1] * 8] * 16)                       # square, left and right
@@ -279,7 +282,7 @@ def test_an_image_that_belongs_to_a_label_is_read_as_its_pixels_are_stored(tmp_p
     data = open_labelled("folder", tmp_path, "val", (16, 16), 2)
     image, target = data[0]
     assert torch.equal(image[0] > 100, target == 1)
-    x, y = Views(data.images, (16, 16), 0, max_scale=1, jitter=0, labelled=data)[0, 0]
+    x, y = Views(data.images, (16, 16), 0, labelled=data)[0, 0]
     assert torch.equal(x[0] > 100, y == 1)
     upright = np.asarray(load_image(data.images[0]))               # as a photo is
     assert not np.array_equal(upright[..., 0] > 100, labels == 1)
