@@ -129,8 +129,8 @@ def write_masks(model, folder, out, size, device, overlay=False):
     if Path(folder).resolve() in (Path(out).resolve(), *Path(out).resolve().parents):
         raise ValueError(f"--out {out} lies in the folder of the images; name another folder")
     files, written = find_images(folder), 0
-    names = getattr(model, "class_names", ())
-    colours = [*class_colours(names), *class_colours(range(256))[len(names):]]
+    own = class_colours(getattr(model, "class_names", ()))
+    colours = [*own, *class_colours(())[len(own):]]                  # for outputs without a name
     for path, name in zip(progress(files, "masks"), mask_names(files), strict=True):
         try:
             image = load_image(path)
@@ -153,7 +153,7 @@ def main(argv=None):
 
     from support.checkpoint import load_model, save_json
     from support.evaluation import Config
-    from support.labelled import compare_names, open_labelled
+    from support.labelled import check_labels, open_labelled
     from support.options import parse, pick_device, pick_workers
     from support.progress import progress
     cfg = parse(Config, argv, "Score a checkpoint on labelled data, or write masks for a folder.")
@@ -170,7 +170,7 @@ def main(argv=None):
         return {"masks": count}
     data = open_labelled(cfg.dataset, cfg.data_root, cfg.split, size,
                          cfg.num_classes or model.num_classes, cfg.download)
-    compare_names(data, model.class_names)
+    check_labels(data, model.class_names)
     loader = DataLoader(data, num_workers=pick_workers(cfg.workers, device))
     result = evaluate(model, progress(loader, "evaluate"), len(data.class_names))
     print(report({"model": result}, data.class_names))
