@@ -129,8 +129,8 @@ def write_masks(model, folder, out, size, device, overlay=False):
     if Path(folder).resolve() in (Path(out).resolve(), *Path(out).resolve().parents):
         raise ValueError(f"--out {out} lies in the folder of the images; name another folder")
     files, written = find_images(folder), 0
-    names = getattr(model, "class_names", ())
-    colours = [*class_colours(names), *class_colours(range(256))[len(names):]]
+    own = class_colours(getattr(model, "class_names", ()))
+    colours = [*own, *class_colours(())[len(own):]]                  # for outputs without a name
     for path, name in zip(progress(files, "masks"), mask_names(files), strict=True):
         try:
             image = load_image(path)

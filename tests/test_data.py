@@ -36,14 +36,14 @@ def plain(monkeypatch):
 
 def test_the_pool_gives_centre_views_and_says_what_cannot_be_read(files, tmp_path):
     (tmp_path / "bad.png").write_text("not an image")
-    pool = Pool([files[3], tmp_path / "bad.png"], SIZE)
+    pool = Pool([tmp_path / "bad.png", files[3]], SIZE)
     expected = to_tensor(resized_crop(coordinates(240, 160, blue=3), SIZE))
-    (i, image, readable), (j, blank, broken) = pool[0], pool[1]
-    assert len(pool) == 2 and (i, j, readable, broken) == (0, 1, True, False)
-    assert torch.equal(image, expected) and torch.equal(pool.view(0), expected)
+    (i, blank, broken), (j, image, readable) = pool[0], pool[1]
+    assert len(pool) == 2 and (i, j, broken, readable) == (0, 1, False, True)
+    assert torch.equal(image, expected) and torch.equal(pool.view(1), expected)
     assert blank.shape == (3, *SIZE) and blank.dtype == torch.uint8 and not blank.any()
     with pytest.raises(ValueError, match="bad.png: Unidentified"):
-        pool.view(1)
+        pool.view(0)
 
 
 def test_a_pool_is_a_folder_or_a_list_in_the_teachers_colours_if_asked(files, tmp_path):

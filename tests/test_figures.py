@@ -45,6 +45,7 @@ def test_figures_say_what_the_scores_are_and_show_the_first_and_the_last(
     assert figure.axes[0].get_title() == f"2, 3  Score the pool, select the {first.lower()}"
     assert [part.get_suptitle() for part in figure.subfigs[1:]] == [f"{first} in the pool",
                                                                    f"{last} in the pool"]
+    assert figure.axes[0].get_legend().get_texts()[0].get_text() == "pool, 29 images"
     titles = [ax.get_title() for ax in figure.axes[1:]]                      # scores, in order
     assert (len(titles), titles[0], titles[-1]) == (20, "1", "2")
 

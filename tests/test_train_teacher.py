@@ -34,6 +34,17 @@ def test_a_teacher_learns_and_its_checkpoint_holds_classes_size_and_statistics(o
                                                                   "teacher.pt"}
 
 
+def test_no_option_of_training_is_ignored(owner, tmp_path):
+    changes = ("", "--seed 1", "--lr 0.05", "--batch-size 2", "--steps 2", "--image-size 16 24",
+               "--model resnet_small")
+    teachers = set()
+    for i, words in enumerate(changes):
+        train(owner, "--model", "resnet_tiny", "--steps", 1, *words.split(), "--out",
+              tmp_path / f"{i}")
+        teachers.add(fingerprint(load_model(tmp_path / f"{i}" / "teacher.pt")))
+    assert len(teachers) == len(changes)
+
+
 def test_an_interrupted_teacher_resumes_to_the_bit(owner, tmp_path, monkeypatch):
     train(owner, "--out", tmp_path / "whole")
     loss, calls = train_teacher.cross_entropy, []
@@ -74,11 +85,11 @@ def test_labels_that_do_not_fit_are_refused_before_training(owner, tmp_path, wor
 
 def test_the_builtin_teacher_is_trained_once_even_if_interrupted_and_used_again(
         tmp_path, monkeypatch, capsys):
-    resumed = []
+    runs = []
 
     def interrupted_once(cfg, out):
-        resumed.append(cfg.resume)
-        if len(resumed) == 1:
+        runs.append((cfg.resume, cfg.image_size))
+        if len(runs) == 1:
             (out / "state.pt").touch()
             raise KeyboardInterrupt
         (out / "teacher.pt").touch()
@@ -89,6 +100,7 @@ def test_the_builtin_teacher_is_trained_once_even_if_interrupted_and_used_again(
     with pytest.raises(KeyboardInterrupt):
         train_teacher.builtin_teacher()
     first, second = train_teacher.builtin_teacher(), train_teacher.builtin_teacher()
-    assert first == second and resumed == [False, True] and (tmp_path / first[1]).exists()
-    assert first[0] == "runs/scenes-64x96" and "reusing the drawn scenes" in capsys.readouterr().out
-    assert train_teacher.builtin_teacher((32, 48))[1] != first[1]                # of another size
+    assert first == second and first[0] == "runs/scenes-64x96" and (tmp_path / first[1]).exists()
+    assert "reusing the drawn scenes" in capsys.readouterr().out
+    assert train_teacher.builtin_teacher((32, 48))[1] != first[1]
+    assert runs == [(False, (64, 96)), (True, (64, 96)), (False, (32, 48))]
