@@ -41,7 +41,7 @@ def test_the_code_of_the_tour_draws_its_five_pictures(tmp_path, monkeypatch):
         code = code.replace(large, small)
     monkeypatch.chdir(tmp_path)
     run(code)
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == PICTURES
+    assert sorted(path.name for path in tmp_path.glob("runs/*.png")) == PICTURES
 
 
 def test_the_tour_shows_its_pictures_which_are_small_and_drawn_by_at_most_ten_lines():
@@ -66,4 +66,4 @@ if __name__ == "__main__":
         os.chdir(folder)
         run("\n".join(blocks()))
         for picture in PICTURES:
-            shutil.copy(picture, DOCS)
+            shutil.copy(f"runs/{picture}", DOCS)
