@@ -103,7 +103,8 @@ def evaluate(model, loader, num_classes, reference=None, device=None, ignore_ind
 
 def report(results, class_names):
     """Return a table as text: one line per class, one column per named result of `evaluate`."""
-    rows = {name: [r["iou"][k] for r in results.values()] for k, name in enumerate(class_names)}
+    rows = {name: [r["iou"][k] if k < len(r["iou"]) else float("nan") for r in results.values()]
+            for k, name in enumerate(class_names)}
     rows["mean IoU"] = [r["miou"] for r in results.values()]
     rows["pixel accuracy"] = [r["pixel_accuracy"] for r in results.values()]
     lines = [f"{'IoU %':20s}" + "".join(f"{name:>11s}" for name in results)]
@@ -152,7 +153,7 @@ def main(argv=None):
 
     from support.checkpoint import load_model, save_json
     from support.evaluation import Config
-    from support.labelled import compare_names, open_labelled
+    from support.labelled import check_labels, open_labelled
     from support.options import parse, pick_device, pick_workers
     from support.progress import progress
     cfg = parse(Config, argv, "Score a checkpoint on labelled data, or write masks for a folder.")
@@ -167,9 +168,9 @@ def main(argv=None):
         count = write_masks(model, cfg.images, cfg.out, size, device, cfg.overlay)
         print(f"{count} masks in {cfg.out}")
         return {"masks": count}
-    data = open_labelled(cfg.dataset, cfg.data_root, cfg.split, size, cfg.num_classes,
-                         cfg.download)
-    compare_names(data, model.class_names)
+    data = open_labelled(cfg.dataset, cfg.data_root, cfg.split, size,
+                         cfg.num_classes or model.num_classes, cfg.download)
+    check_labels(data, model.class_names)
     loader = DataLoader(data, num_workers=pick_workers(cfg.workers, device))
     result = evaluate(model, progress(loader, "evaluate"), len(data.class_names))
     print(report({"model": result}, data.class_names))
