@@ -14,7 +14,6 @@ Use it
     python -m experiments.compare --table results/scenes.json    # print the table of a record
     python -m experiments.compare --table "results/length.json results/generators.json" \\
         --figure results/seconds.png                             # two records as one
-    python -m experiments.compare --teachers "results/headline.json results/headline2.json"
 """
 
 import json
@@ -30,7 +29,7 @@ from pathlib import Path
 
 import distill
 import evaluate
-from experiments.tables import T95, draw, read, table, teachers
+from experiments.tables import T95, draw, read, table
 from support.checkpoint import save_json
 from support.images import read_csv
 from support.options import Options, one_sentence, option, parse
@@ -50,7 +49,6 @@ class Config(Options):
     runs: str = option("", "folder of the single runs (default: named after --out)")
     out: str = option("results/compare.json", "the record (JSON)")
     table: str = option("", "instead: print the table of these records, in quotes")
-    teachers: str = option("", "instead: compare these records, one per teacher, in quotes")
     figure: str = option("", "also draw retention over CPU seconds (PNG)")
 
 
@@ -131,8 +129,7 @@ def collect(cfg):
         if made.exists():
             metrics["processor_seconds"]["pool"] = json.loads(made.read_text())["processor_seconds"]
         splits = {split: score_split(split, run, folder) for split in cfg.extra_splits.split()}
-        print(row, f"seed {seed}", *(f"{split} {100 * miou:.1f} %" for split, miou in (
-            (run.split, metrics["student_miou"]), *splits.items())), sep="   ", flush=True)
+        print(f"{row:40s} seed {seed}   mIoU {100 * metrics['student_miou']:.1f} %", flush=True)
         record["runs"].append({"row": row, "seed": seed, "options": preset[row], **metrics,
                                "splits": splits, "selected": count_selected(folder, run.pool)})
         save_json(record, cfg.out)                                 # what is done is not lost
@@ -142,9 +139,6 @@ def collect(cfg):
 def main(argv=None):
     """Run a preset and write its record, or read records; print a table, draw a figure."""
     cfg = parse(Config, argv, "Compare methods over seeds; every row is a line of distill.py.")
-    if cfg.teachers:
-        print(teachers(shlex.split(cfg.teachers)))
-        return
     record = read(*shlex.split(cfg.table)) if cfg.table else collect(cfg)
     print(table(record))
     if cfg.figure:

@@ -56,20 +56,16 @@ NOISE = 256                 # channels of the noise that DFAD's generator maps t
 SNAPSHOT = 5000             # DFAD writes its student every so many updates
 
 
-def batch_statistics(captured):
-    """Return mean and biased variance over images and pixels: {name: (B, C) twice -> (1, C) twice}.
-
-    Exact, because all images have the same number of pixels: the variance of a batch is the mean
-    variance within its images plus the variance between their means.
-    """
-    return {name: (mean.mean(dim=0, keepdim=True),
-                   var.mean(dim=0, keepdim=True) + mean.var(dim=0, correction=0, keepdim=True))
-            for name, (mean, var) in captured.items()}
-
-
 def bn_loss(captured, layers):
-    """Return how far a batch as a whole is from the running statistics, first layer x10: scalar."""
-    d = bn_distance(batch_statistics(captured), layers)[0]                        # (L,)
+    """Return how far a batch as a whole is from the running statistics, first layer x10: scalar.
+
+    Of images of one size, the variance of a batch is exactly the mean variance within its images
+    plus the variance between their means.
+    """
+    batch = {name: (mean.mean(dim=0, keepdim=True),                               # (1, C)
+                    var.mean(dim=0, keepdim=True) + mean.var(dim=0, correction=0, keepdim=True))
+             for name, (mean, var) in captured.items()}
+    d = bn_distance(batch, layers)[0]                                             # (L,)
     return d.sum() + 9 * d[0]
 
 
@@ -97,20 +93,17 @@ def deepinversion(teacher, images, steps):
     return images.detach()
 
 
-def upsample(c_in, c_out, *kernel):
-    """Return a block of a DCGAN: transposed convolution, BatchNorm, LeakyReLU."""
-    return nn.Sequential(nn.ConvTranspose2d(c_in, c_out, *kernel, bias=False),
-                         nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2))
-
-
 def new_generator(size, width=64):
     """Return a DCGAN from noise (B, NOISE, 1, 1) to images (B, 3, H, W) in [-1, 1]."""
-    first = [math.ceil(side / 16) for side in size]
-    return nn.Sequential(
-        upsample(NOISE, 8 * width, first), upsample(8 * width, 4 * width, 4, 2, 1),
-        upsample(4 * width, 2 * width, 4, 2, 1), upsample(2 * width, width, 4, 2, 1),
-        nn.ConvTranspose2d(width, 3, 4, 2, 1), nn.Upsample(size, mode="bilinear"),
-        nn.BatchNorm2d(3, affine=False), nn.Tanh())
+    layers, c_in, first = [], NOISE, [math.ceil(side / 16) for side in size]
+    for c_out, kernel in ((8 * width, (first,)), (4 * width, (4, 2, 1)), (2 * width, (4, 2, 1)),
+                          (width, (4, 2, 1))):                     # 1/16 of the size, 1/8, 1/4, 1/2
+        layers += [nn.ConvTranspose2d(c_in, c_out, *kernel, bias=False), nn.BatchNorm2d(c_out),
+                   nn.LeakyReLU(0.2)]
+        c_in = c_out
+    return nn.Sequential(*layers, nn.ConvTranspose2d(width, 3, 4, 2, 1),
+                         nn.Upsample(size, mode="bilinear"), nn.BatchNorm2d(3, affine=False),
+                         nn.Tanh())
 
 
 def dfad(teacher, student, generator, size, cfg, out=None):
@@ -151,7 +144,7 @@ def dfad(teacher, student, generator, size, cfg, out=None):
             gen_opt.param_groups[0]["lr"] = 1e-3 * student_opt.param_groups[0]["lr"] / cfg.lr
             with run.autocast():
                 gen_loss = -(l1_gap(generate()) + 1).log()
-            update(gen_opt, gen_loss)
+            update(gen_opt, gen_loss)          # the student's next update clears its gradients
         scheduler.step()
         run.log(loss)
         if out and (step + 1) % SNAPSHOT == 0:
@@ -176,7 +169,8 @@ class Config(Running):
     images: str = option("", "tiles: images to cut, a folder or a run's chosen.csv", metavar="PATH")
     grid: int = option(4, "tiles: number per side; 1 leaves the images whole", min=1)
     count: int = option(100, "deepinversion: number of images")
-    steps: int = option(1500, "dfad: student updates; deepinversion: updates of each batch")
+    steps: int = option(1500, "dfad: student updates; deepinversion: updates of each batch",
+                        min=1)
     batch_size: int = option(16, "deepinversion, dfad: images at a time", min=1)
     lr: float = option(0.1, "dfad: the student's highest learning rate")
     student_model: str = option("resnet_tiny", "dfad: student network", MODELS)
@@ -207,6 +201,7 @@ def make(cfg, out):
     timer("making")
     metrics = dict(zip(("seconds", "processor_seconds"), timer["making"], strict=True))
     checkpoint.save_json(metrics, out / "metrics.json")
+    (out / "state.pt").unlink(missing_ok=True)
     print(f"{cfg.method}: {metrics['seconds']:.0f} s, written to {out}")
     return metrics
 
