@@ -1,4 +1,4 @@
-"""Can a photo be given the colours of images that nobody may see? Match its colour statistics.
+"""Can a photo be given the colours of the teacher's training images? Yes, from BatchNorm alone.
 
 Picture
     The teacher was trained on photos of warm, soft evenings. Yours were taken at noon, in hard blue
@@ -19,8 +19,8 @@ Equation
 
 Paper
     This step is ours, not DFSS's (Sun & Wu, arXiv 2512.13175). T is the linear Monge-Kantorovitch
-    map of colour transfer (Pitie & Kokaram, CVMP 2007). R is an assumption: a correlation of 0.95
-    between colour channels, as in everyday photos. Estimating R from the layer, too, is unreliable.
+    map of colour transfer (Pitie & Kokaram, CVMP 2007). R is an assumption: correlations of 0.95
+    between the colours, as in everyday photos. S* also holds the variance between training images.
 
 Symbols
     x, y colours in [0, 1].  m (3,), S (3, 3): mean and covariance of the colours of one image;

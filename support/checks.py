@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Subset
 
 from bn_stats import capture_bn_inputs, layer_eps
 from support.images import as_input
+from support.options import pick_amp
 
 
 @torch.no_grad()
@@ -33,17 +34,21 @@ def check_teacher(teacher, layers, images):
     return logits
 
 
-def rehearse(student, images):
+def rehearse(student, images, amp=None):
     """Return the student's logits in one rehearsed training step, which leaves it as it was.
 
-    ValueError for a student that cannot be trained on such a batch.
+    amp: the dtype of autocast, if any. ValueError for a student that cannot be trained on such a
+    batch; what torch raises where the memory does not suffice.
     """
     state = {name: x.clone() for name, x in student.state_dict().items()}
     try:
-        logits = student.train()(images)                                         # (B, K, h, w)
+        with torch.autocast(images.device.type, amp or torch.bfloat16, enabled=amp is not None):
+            logits = student.train()(images)                                     # (B, K, h, w)
         weights = [p for p in student.parameters() if p.requires_grad]
         torch.autograd.grad(logits.float().square().mean(), weights, allow_unused=True)
     except Exception as error:
+        if "memory" in str(error):                   # one_sentence says what to lower
+            raise
         raise ValueError("the student failed in a rehearsed training step on "
                          f"{tuple(images.shape)} images: {error}") from error
     finally:
@@ -64,8 +69,9 @@ def check_inputs(teacher, student, layers, pool, cfg):
     images = torch.rand(max(2, cfg.batch_size), 3, *pool.size,
                         generator=torch.Generator().manual_seed(0))
     images = images.to(next(teacher.parameters()).device)
+    amp = pick_amp(cfg.amp, images.device)
     teacher_logits = check_teacher(teacher, layers, images[:2])
-    student_logits = rehearse(student, images[:cfg.batch_size])
+    student_logits = rehearse(student, images[:cfg.batch_size], amp)
     if student_logits.shape[1] != teacher_logits.shape[1] or teacher_logits.shape[1] < 2:
         raise ValueError(f"the teacher has {teacher_logits.shape[1]} output channels and the "
                          f"student {student_logits.shape[1]}; expected one for each of two or "

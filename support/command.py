@@ -6,6 +6,7 @@ Use it
 
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -84,6 +85,9 @@ def open_inputs(cfg, out=None):
         raise ValueError("--dataset is missing; say which labels there are, or none")
     if not cfg.pool:
         raise ValueError("--pool is missing; name a folder of unlabelled photos")
+    if out and Path(cfg.pool).resolve() in out.resolve().parents:
+        raise ValueError(f"--out {out} lies in the pool, which its figures would join; name "
+                         "another folder")
     teacher, files = load_teacher(cfg), find_images(cfg.pool)
     size = teacher.image_size
     if cfg.dataset == "none":

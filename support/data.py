@@ -72,7 +72,7 @@ def iterate(loader):
         raise OSError(f"{reason}; restore this file and resume") from error
     except (ConnectionError, EOFError) as error:             # one of the ways to notice its death
         time.sleep(1)                    # torch's own is a signal, which would strike anywhere else
-        raise RuntimeError("a DataLoader worker died") from error
+        raise RuntimeError("a DataLoader worker (pid unknown) died") from error
 
 
 class Views(Dataset):

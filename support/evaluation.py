@@ -22,7 +22,7 @@ class Config(Labels):
     """The options of evaluate.py."""
 
     checkpoint: str | None = inputs(None, "student.pt, teacher.pt or another state dict",
-                                    metavar="FILE", required=True)
+                                    metavar="FILE")
     model: str | None = inputs(None, "network of a state dict: a name, or FILE.py:FUNCTION",
                                metavar="NAME")
     image_size: tuple[int, int] | None = inputs(None, "size to resize to (default: its own)")

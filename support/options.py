@@ -85,7 +85,7 @@ def add_option(group, f, default):
     """Give an argparse group the option that a dataclass field declares."""
     meta, kind = f.metadata, value_type(f)
     settings = {"help": meta["help"], "required": meta["required"], "default": default}
-    if f.default not in (None, False, ""):
+    if kind is not bool and f.default not in (None, ""):
         settings["help"] += f" (default: {f.default})"
     if kind is bool:
         settings["action"] = "store_true"
@@ -106,7 +106,7 @@ def parse(config_class, argv, description, recorded=None):
     """
     parser = argparse.ArgumentParser(description=description, usage="%(prog)s [options]",
                                      allow_abbrev=False)
-    groups = {}
+    groups = {"options": parser}                               # argparse's own group, with --help
     for f in sorted(fields(config_class), key=lambda f: GROUPS.index(f.metadata["group"])):
         name = f.metadata["group"]
         if name not in groups:
@@ -147,6 +147,23 @@ def pick_device(name):
     return device
 
 
+def set_deterministic():
+    """Make torch compute the same to the bit each time, on a GPU, too; before the first operation.
+
+    RuntimeError follows from an operation that has no such form.
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"        # cuBLAS is only deterministic with it
+    torch.use_deterministic_algorithms(True)
+
+
+def warn_if_busy():
+    """Print a line if other programs keep the cores busy: threads then wait for each other."""
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0, os.cpu_count()
+    if load > 0.75 * cores and torch.get_num_threads() > 1:
+        print(f"warning: this machine is busy (load {load:.1f} on {cores} cores); this run may be "
+              "several times faster with OMP_NUM_THREADS=1")
+
+
 def pick_workers(workers, device):
     """Return the number of loading processes: by default enough to keep a GPU busy."""
     if workers is not None:
@@ -173,10 +190,11 @@ def pick_amp(name, device):
 
 # What torch raises as a RuntimeError, and what to do about it.
 CAUSES = {
-    "DataLoader worker": "a process that loads images died; use fewer --workers, or 0",
+    "DataLoader worker (pid": "a process that loads images died; use fewer --workers, or 0",
     "not enough memory": "out of memory; lower --batch-size, --image-size or --views",
     "out of memory": "out of memory; lower --batch-size, --image-size or --views",
     "Too many open files": "too many open files; raise `ulimit -n`, or use fewer --workers",
+    "deterministic implementation": "a network cannot be computed so; leave out --deterministic",
     "unexpected EOF": "a downloaded file is cut off; delete it from torch's cache and start again",
     "invalid hash value": "a downloaded file is damaged; start again to fetch it anew"}
 

@@ -23,7 +23,7 @@ import torchvision
 
 from support import checkpoint
 from support.images import read_csv
-from support.options import parse, pick_amp
+from support.options import parse, pick_amp, set_deterministic, warn_if_busy
 
 # Options that say where or how a run is computed, not what it computes.
 NEUTRAL = {"out", "resume", "dry_run", "device", "workers", "download"}
@@ -54,11 +54,12 @@ def identity(cfg, *about):
 # ---------------------------------------------------------------- the folder
 
 def started(out):
-    """Return whether a folder holds more than a config.json and a skipped.csv.
+    """Return whether a folder holds more than a config.json, a skipped.csv and hidden files.
 
     A run that failed before its first result, over a mistyped path say, leaves no more.
     """
-    return out.is_dir() and any(p.name not in ("config.json", "skipped.csv") for p in out.iterdir())
+    return out.is_dir() and any(p.name[0] != "." and p.name not in ("config.json", "skipped.csv")
+                                for p in out.iterdir())
 
 
 def read_config(config_class, argv, description):
@@ -116,6 +117,9 @@ def open_run(cfg):
 def in_folder(run, config_class, argv, description):
     """Return run(cfg, folder) for the options in the words `argv`."""
     cfg = read_config(config_class, argv, description)
+    warn_if_busy()
+    if cfg.deterministic:
+        set_deterministic()
     with open_run(cfg) as out:
         return run(cfg, out)
 

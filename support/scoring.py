@@ -32,7 +32,7 @@ from support.checkpoint import atomic, fingerprint
 from support.command import Inputs, open_inputs
 from support.data import iterate, open_pool
 from support.images import as_input
-from support.options import one_sentence, parse, pick_workers
+from support.options import one_sentence, parse, pick_workers, set_deterministic
 from support.progress import progress
 
 BATCH = 16                      # fixed: convolutions round a little differently at other sizes
@@ -130,10 +130,18 @@ def unusable(pool, scores):
 
 def score_share(cfg, rank, processes):
     """Score this process's share of the pool that the options name; return the path of the file."""
+    if cfg.deterministic:
+        set_deterministic()
     teacher, files, _ = open_inputs(cfg)
     pool = open_pool(files, teacher, teacher.image_size, cfg.match_colours)
     layers = select_layers(bn_layers(teacher), cfg.layers)
     path = score_file(teacher, layers, pool, cfg)
+    if rank == 0:                    # one process alone makes the file: another would empty it
+        open_scores(path, len(pool))
+        if not path.exists():
+            raise ValueError(f"{path} cannot be written; start where it can be")
+    while not path.exists():
+        time.sleep(0.1)
     cached_scores(lambda images, _: image_distances(teacher, images, layers, cfg.metric), pool,
                   teacher.mean.device, cfg.workers, path, rank, processes)
     return path

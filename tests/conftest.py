@@ -1,12 +1,25 @@
-"""What several test files share: a small teacher with real-looking statistics, and a tiny pool."""
+"""What several test files share: a small teacher with real-looking statistics, and a tiny pool.
 
+All tests compute on the CPU, wherever they run: the GPUs are hidden before torch can find them.
+Only the process that test_gpu.py starts sees them; it has DFSS_TEST_DEVICE set.
+"""
+
+import os
+
+VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")            # as the user has it
+if "DFSS_TEST_DEVICE" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+# ruff: noqa: E402
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from models import SegmentationModel
+from models import SegmentationModel, build_model
+from support import checkpoint
 from support.labelled import CITYSCAPES, class_colours
 
 
@@ -35,16 +48,45 @@ def with_random_statistics(model, seed=0):
     return model.eval()
 
 
-@pytest.fixture
-def pool_folder(tmp_path):
-    """Return a folder of 30 small photographs: smooth colours of many hues and sizes."""
-    folder = tmp_path / "pool"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(30):
+def write_photos(folder, count, seed=0):
+    """Write small photographs, 00.png and so on: smooth colours of many hues and sizes."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for i in range(count):
         small = Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8))
         small.resize((50 + i, 40), Image.BICUBIC).save(folder / f"{i:02d}.png")
-    return folder
+
+
+@pytest.fixture
+def pool_folder(tmp_path):
+    """Return a folder of 30 small photographs."""
+    write_photos(tmp_path / "pool", 30)
+    return tmp_path / "pool"
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Return a folder with all that distill.py takes: teacher.pt, a pool of 40, val of 4 images.
+
+    The teacher has 8 classes, random weights, and statistics of images like those of the pool.
+    Tests change nothing here.
+    """
+    root = tmp_path_factory.mktemp("world")
+    write_photos(root / "pool", 40)
+    write_photos(root / "val" / "images", 4, seed=1)
+    (root / "val" / "labels").mkdir()
+    for i in range(4):
+        labels = np.random.default_rng(i).integers(0, 8, (40, 50 + i), dtype=np.uint8)
+        labels[:2] = 255                                         # void
+        Image.fromarray(labels).save(root / "val" / "labels" / f"{i:02d}.png")
+    torch.manual_seed(0)
+    teacher = build_model("resnet_tiny", 8, image_size=(32, 48))
+    for module in teacher.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0                        # its statistics are those of one batch
+    teacher(F.interpolate(torch.rand(64, 3, 3, 4), (32, 48), mode="bilinear"))
+    checkpoint.save_model(teacher, root / "teacher.pt")
+    return root
 
 
 # ---------------------------------------------------------------- miniatures of the real data sets

@@ -1,52 +1,48 @@
 """options.py: command lines made from dataclasses that check themselves, devices, errors."""
 
 import dataclasses
+import errno
 import math
+import os
 import signal
 from dataclasses import dataclass
 
 import pytest
 import torch
 
+from support import options, records
 from support.options import (
     Running,
     one_sentence,
     option,
     parse,
-    parse_losses,
     pick_amp,
     pick_device,
+    pick_workers,
+    warn_if_busy,
+    with_defaults,
 )
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @dataclass(frozen=True)
 class Config(Running):
     steps: int = option(900, "number of updates", group="training")
     lr: float = option(0.1, "learning rate", group="training")
-    batch_size: int = option(16, "images an update", group="training", least=1)
+    batch_size: int = option(16, "images per update", group="training", min=1)
     name: str = option("a", "one of two", choices=("a", "b"))
     size: tuple[int, int] | None = option(None, "height and width")
-    root: str | None = option(None, "a folder", kind="FOLDER")
+    root: str | None = option(None, "a folder", metavar="FOLDER")
     share: float | None = option(None, "part of the pool")
 
 
 @dataclass(frozen=True)
 class Needy(Config):
-    file: str | None = option(None, "what to read", kind="FILE", required=True)
+    file: str | None = option(None, "what to read", metavar="FILE", required=True)
 
 
 # ---------------------------------------------------------------- command lines
-
-def test_no_words_give_the_defaults():
-    assert parse(Config, [], "") == Config()
-
-
-def test_a_record_stands_for_the_words_that_are_not_given():
-    kept = {"steps": 10, "size": [64, 96], "name": "b", "resume": True, "of_another_version": 1}
-    cfg = parse(Config, ["--name", "a"], "", kept)
-    assert cfg == Config(steps=10, size=(64, 96), name="a", resume=True)
-    hash(cfg)
-
 
 def test_words_become_values_of_the_declared_types():
     words = "--steps 10 --lr 1e-3 --name b --size 64 96 --root data --share 4 --resume --out x"
@@ -55,6 +51,20 @@ def test_words_become_values_of_the_declared_types():
     cfg = parse(Config, words.split(), "")
     assert cfg == Config(**values) and isinstance(cfg.share, float)
     hash(cfg)                                                    # as a frozen dataclass promises
+    assert parse(Config, [], "") == Config()
+
+
+def test_a_record_gives_the_options_that_the_words_do_not_name():
+    recorded = {"steps": 10, "size": [64, 96], "name": "b", "resume": True, "of_an_old_version": 1}
+    cfg = parse(Config, ["--name", "a"], "", recorded)
+    assert cfg == Config(steps=10, size=(64, 96), name="a", resume=True)
+    hash(cfg)
+
+
+def test_a_default_is_given_to_options_that_are_none():
+    assert with_defaults(Config(steps=7), share=0.5, root="x") == Config(
+        steps=7, share=0.5, root="x")
+    assert with_defaults(Config(share=0.1), share=0.5) == Config(share=0.1)
 
 
 @pytest.mark.parametrize(("config", "words"), [
@@ -68,19 +78,21 @@ def test_words_that_do_not_fit_are_refused_with_exit_code_2(config, words, capsy
     assert config is Config or "required: --file" in said
 
 
-def test_the_help_shows_groups_kinds_choices_and_every_default(capsys):
+def test_the_help_shows_groups_metavars_choices_and_every_default(capsys):
     with pytest.raises(SystemExit) as caught:
         parse(Needy, ["--help"], "What it does.")
     text = capsys.readouterr().out
-    assert caught.value.code == 0 and "What it does." in text and "\ntraining:\n" in text
+    assert caught.value.code == 0 and "What it does." in text
+    assert text.index("\ntraining:\n") < text.index("\nrunning:\n")
+    assert text.count("\noptions:\n") == 1                       # argparse's own, with --help
     lines = " ".join(text.split())
     for line in ("--steps N number of updates (default: 900)",
                  "--lr X learning rate (default: 0.1)",
-                 "--seed N seed of weights, crops, order and random choice (default: 0)",
+                 "--seed N seed of weights, crops, order and random selection (default: 0)",
                  "--name NAME one of two (default: a); one of: a, b", "--file FILE what to read",
-                 "--size H W height and width", "--resume go on where"):
+                 "--root FOLDER a folder", "--size H W height and width", "--resume resume the"):
         assert line in lines
-    assert text.count("\noptions:\n") == 1 and max(map(len, text.splitlines())) <= 79
+    assert max(map(len, text.splitlines())) <= 79
 
 
 @pytest.mark.parametrize(("values", "said"), [
@@ -96,55 +108,87 @@ def test_a_config_refuses_what_an_option_cannot_take_wherever_it_is_made(values,
             make(**values)
 
 
-def test_whole_numbers_may_stand_for_others_and_none_where_it_is_declared():
-    assert Config(lr=1, share=None, size=None, root=None, out=None) == Config(lr=1)
-    with pytest.raises(ValueError, match="--batch-size takes a number of at least 1; got 0"):
-        parse(Config, ["--batch-size", "0"], "")
-
-
-def test_a_sum_of_losses_gives_a_factor_for_each():
-    assert parse_losses("pixelwise") == (1, 0, 1) and parse_losses("0.5*channelwise") == (0, 0.5, 1)
-    assert parse_losses("pixelwise+10*channelwise@0.4") == (1, 10, 0.4)
-    assert parse_losses("channelwise+pixelwise") == (1, 1, 1)
-    for text in ("", "telepathy", "pixelwise+", "-1*pixelwise", "pixelwise+pixelwise", "2pixelwise",
-                 "pixelwise*2", "pixelwise@", "pixelwise@0", "pixelwise@-1", "@2", "pixelwise@1@1"):
-        with pytest.raises(ValueError, match="is no sum of losses, such as pixelwise"):
-            parse_losses(text)
-
-
 # ---------------------------------------------------------------- where a run computes
 
-def test_devices_and_precisions_are_picked_by_name(monkeypatch):
-    cpu = torch.device("cpu")
-    assert pick_device("cpu") == cpu
-    assert [pick_amp(name, cpu) for name in ("bfloat16", "float16", "off")] == [
-        torch.bfloat16, torch.float16, None]
-    assert pick_amp("auto", cpu) in (torch.bfloat16, None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert pick_device("auto") == cpu
-    for capability, dtype in (((7, 5), None), ((8, 0), torch.bfloat16)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, now=capability: now)
-        assert pick_amp("auto", torch.device("cuda")) == dtype
+def test_the_tests_compute_on_the_cpu():
+    """See test_gpu.py, which runs this where torch believes that there is a GPU."""
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and pick_device("auto") == CPU
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:99"])
 def test_a_device_that_is_not_there_is_named(name):
-    with pytest.raises(ValueError, match=f"torch cannot compute on --device {name} here; use cpu"):
+    with pytest.raises(ValueError, match=f"torch cannot compute on --device {name} here .*; free"):
         pick_device(name)
+
+
+def test_under_torchrun_each_process_gets_a_gpu_of_its_own_or_is_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, gpus in (("cuda", 1), ("cuda:0", 1)):
+        with pytest.raises(ValueError, match=f"^2 processes need 2 GPUs, but --device {name} has "
+                                             f"{gpus}; lower --nproc-per-node"):
+            pick_device(name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "empty", lambda size, device: None)
+    assert pick_device("cuda") == torch.device("cuda:1") and pick_device("cpu") == CPU
+
+
+def test_the_precision_is_bfloat16_where_the_hardware_has_it(monkeypatch):
+    assert [pick_amp(name, CPU) for name in ("bfloat16", "float16", "off")] == [
+        torch.bfloat16, torch.float16, None]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    for capability, dtype in (((8, 0), torch.bfloat16), ((7, 5), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, now=capability: now)
+        assert pick_amp("auto", CUDA) == dtype and pick_amp("float16", CUDA) == torch.float16
+    with pytest.raises(ValueError, match="^Tesla T4 does not compute in bfloat16; use --amp float"):
+        pick_amp("bfloat16", CUDA)
+
+
+def test_images_are_loaded_by_other_processes_where_there_is_a_gpu(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    assert [pick_workers(None, device) for device in (CPU, CUDA)] == [0, 4]
+    assert pick_workers(0, CUDA) == 0 and pick_workers(9, CPU) == 9
+
+
+def test_deterministic_algorithms_are_set_where_a_program_starts(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+
+    def state(cfg, out):
+        return torch.are_deterministic_algorithms_enabled(), os.environ["CUBLAS_WORKSPACE_CONFIG"]
+
+    try:
+        for words, expected in (([], (False, "")), (["--deterministic"], (True, ":4096:8"))):
+            words = [*words, "--out", str(tmp_path / str(len(words)))]
+            assert records.in_folder(state, Config, words, "") == expected
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(("load", "threads", "busy"), [(2.1, 2, True), (2.1, 1, False),
+                                                       (0.4, 2, False)])
+def test_a_busy_machine_is_named_at_the_start_unless_there_is_one_thread(
+        tmp_path, monkeypatch, capsys, load, threads, busy):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0, 0), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    records.in_folder(lambda *_: None, Config, ["--out", str(tmp_path)], "")
+    said = capsys.readouterr().out
+    assert ("this machine is busy (load 2.1 on 2 cores)" in said) == busy
+    assert ("OMP_NUM_THREADS=1" in said) == busy
+    monkeypatch.delattr(os, "getloadavg")                        # as on Windows
+    warn_if_busy()
+    assert capsys.readouterr().out == ""
 
 
 # ---------------------------------------------------------------- errors of a user
 
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-
 @pytest.fixture(autouse=True)
-def own_signals():
-    """Put back the handlers that a program of one_sentence sets."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+def own_signal():
+    """Put back the handler that a program of one_sentence sets."""
+    before = signal.getsignal(signal.SIGTERM)
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    signal.signal(signal.SIGTERM, before)
 
 
 def ended(error, capsys):
@@ -162,32 +206,50 @@ def test_an_error_of_the_user_is_one_line_with_its_notes_and_exit_code_2(capsys,
     monkeypatch.delenv("DFSS_TRACEBACK", raising=False)
     error = ValueError("a is 1, b is 2")
     assert ended(error, capsys) == (2, "error: a is 1, b is 2\n")
-    error.add_note("go on with: python x.py")
-    assert ended(error, capsys) == (2, "error: a is 1, b is 2; go on with: python x.py\n")
+    error.add_note("resume with: python x.py")
+    assert ended(error, capsys) == (2, "error: a is 1, b is 2; resume with: python x.py\n")
     assert ended(FileNotFoundError("no folder x"), capsys) == (2, "error: no folder x\n")
     monkeypatch.setenv("DFSS_TRACEBACK", "1")
     with pytest.raises(ValueError, match="a is 1"):
         ended(error, capsys)
 
 
-def test_an_interruption_has_its_exit_code_and_a_bug_keeps_its_traceback(capsys):
+def test_an_interruption_has_its_exit_code_and_sigterm_is_one(capsys):
     assert ended(KeyboardInterrupt(), capsys) == (130, "interrupted\n")
-    for number in SIGNALS:
-        with pytest.raises(SystemExit) as caught:
-            one_sentence(lambda number=number: signal.raise_signal(number))()
-        assert caught.value.code == 128 + number and capsys.readouterr().err == "interrupted\n"
-    with pytest.raises(TypeError):
-        ended(TypeError("a bug"), capsys)
+    with pytest.raises(SystemExit) as caught:
+        one_sentence(lambda: signal.raise_signal(signal.SIGTERM))()
+    assert caught.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried ..."),
-                                   MemoryError()])
-def test_out_of_memory_is_one_line_that_names_what_to_lower(error, capsys):
+MEMORY = "out of memory; lower --batch-size, --image-size or --views"
+
+
+@pytest.mark.parametrize(("error", "sentence"), [
+    (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"), MEMORY),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried"), MEMORY),
+    (MemoryError(), MEMORY),
+    (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "too many open files; raise `ulimit -n`"),
+    (RuntimeError("unable to open shared memory object: Too many open files (24)"),
+     "too many open files; raise `ulimit -n`"),
+    (RuntimeError("DataLoader worker (pid 9) is killed by signal: Killed"),
+     "a process that loads images died; use fewer --workers"),
+    (RuntimeError("unexpected EOF, expected 9 more bytes"), "a downloaded file is cut off; delete"),
+    (RuntimeError("invalid hash value"), "a downloaded file is damaged"),
+    (RuntimeError("nll_loss2d does not have a deterministic implementation"),
+     "a network cannot be computed so; leave out --deterministic")])
+def test_what_torch_raises_is_explained_by_its_cause(error, sentence, capsys):
     code, said = ended(error, capsys)
-    assert code == 2 and said.count("\n") == 1
-    assert "out of memory; lower --batch-size or --image-size" in said
+    assert code == 2 and said.strip().startswith(f"error: {sentence}")
+    assert said.strip().count("\n") == 0
+
+
+def test_a_bug_keeps_its_traceback(capsys):
+    for bug in (TypeError("a bug"), RuntimeError("shape mismatch"),
+                KeyError("Caught KeyError in DataLoader worker process 0.")):
+        with pytest.raises(type(bug)):
+            ended(bug, capsys)
 
 
 def test_a_program_without_an_error_returns_quietly(capsys):
     assert one_sentence(lambda: {"miou": 1})() is None           # a value would be an exit code
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr() == ("", "") and options.explain(TypeError()) is None

@@ -1,22 +1,30 @@
-"""scoring: a scan goes on where it stopped, is never done twice, and names what it cannot read."""
+"""scoring.py: a pool is scored once, in any number of processes, and what cannot be is named."""
 
+import multiprocessing
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import with_random_statistics
+from conftest import with_random_statistics, write_photos
 
-from bn_stats import bn_layers, capture_bn_inputs, image_distances
+import distill
+from bn_stats import bn_layers, image_distances
 from distill import Config
-from evaluate import as_input
 from models import build_model
 from support import scoring
-from support.data import Pool, find_images
-from support.scoring import mean_shift, score_key, unusable, verdict
+from support.data import Pool
+from support.images import as_input, find_images
+from support.options import one_sentence
+from support.scoring import score_file, unusable
 
-SIZE = (32, 48)
+SIZE, CPU = (32, 48), torch.device("cpu")
+REPOSITORY = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -29,155 +37,182 @@ def pool(pool_folder):
     return Pool(find_images(pool_folder), SIZE)
 
 
-def scan(teacher, pool, **how):
-    return scoring.scan(lambda images, numbers: image_distances(teacher, images), pool,
-                        torch.device("cpu"), **how)
+def scores_of(teacher, pool, **how):
+    return scoring.cached_scores(lambda images, _: image_distances(teacher, images), pool, CPU,
+                                 **how)
 
 
-def seen(pool):
-    """Return all images of a pool as the teacher sees them: (N, 3, H, W)."""
-    return as_input(torch.stack([pool.view(i) for i in range(len(pool))]), "cpu")
-
-
-def test_scores_are_those_of_the_rule_in_pool_order(teacher, pool):
-    scores, skipped = scan(teacher, pool)
-    torch.testing.assert_close(scores, image_distances(teacher, seen(pool)))
+def test_scores_are_those_of_the_function_in_pool_order(teacher, pool):
+    scores, skipped = scores_of(teacher, pool)
+    images = as_input(torch.stack([pool.view(i) for i in range(30)]), CPU)
+    torch.testing.assert_close(scores, image_distances(teacher, images))
     assert scores.shape == (30,) and skipped == []
-    numbers, _ = scoring.scan(lambda images, numbers: numbers, pool, torch.device("cpu"))
-    assert numbers.tolist() == list(range(30))
+    indices, _ = scoring.cached_scores(lambda images, index: index, pool, CPU)
+    assert indices.tolist() == list(range(30))
 
 
-def test_workers_do_not_change_a_score(teacher, pool):
-    assert torch.equal(scan(teacher, pool)[0], scan(teacher, pool, workers=2)[0])
-
-
-@pytest.mark.parametrize("done", [0, 1, 16, 17, 30])
-def test_an_interrupted_scan_goes_on_to_the_same_bits(teacher, pool, tmp_path, monkeypatch, done):
-    whole, read, item = scan(teacher, pool)[0], [], Pool.__getitem__
-    half_a_row = b"abc" if done < 30 else b""
-    (tmp_path / "key.part").write_bytes(whole[:done].numpy().tobytes() + half_a_row)
-    monkeypatch.setattr(Pool, "__getitem__", lambda self, i: read.append(i) or item(self, i))
-    assert torch.equal(scan(teacher, pool, key="key", out=tmp_path)[0], whole)
-    assert read == list(range(done // 16 * 16, 30)) and not (tmp_path / "key.part").exists()
-
-
-def test_the_scan_is_written_as_it_goes(teacher, pool, tmp_path, monkeypatch):
-    (whole, _), item = scan(teacher, pool), Pool.__getitem__
+def test_scores_are_stored_batch_by_batch_and_only_missing_ones_are_computed(
+        teacher, pool, tmp_path, monkeypatch):
+    path, read, item = tmp_path / "scores.f32", [], Pool.__getitem__
 
     def failing(self, i):
         if i == 20:
             raise KeyboardInterrupt
         return item(self, i)
 
-    monkeypatch.setattr(Pool, "__getitem__", failing)
-    with pytest.raises(KeyboardInterrupt):
-        scan(teacher, pool, key="key", out=tmp_path)
-    assert np.array_equal(np.fromfile(tmp_path / "key.part", dtype=np.float32), whole[:16])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Pool, "__getitem__", failing)
+        scores_of(teacher, pool, path=path)
+    whole, _ = scores_of(teacher, pool)
+    stored = np.fromfile(path, np.float32)
+    assert np.array_equal(stored[:16], whole[:16]) and (stored[16:] == -np.inf).all()
+
+    monkeypatch.setattr(Pool, "__getitem__", lambda self, i: read.append(i) or item(self, i))
+    for _ in ("computed", "read"):
+        assert torch.equal(scores_of(teacher, pool, path=path)[0], whole)
+        assert read == list(range(16, 30))
 
 
-def test_a_second_run_reads_the_scores_and_computes_nothing(teacher, pool, tmp_path, monkeypatch):
-    first, _ = scan(teacher, pool, key="key", out=tmp_path)
-    monkeypatch.setattr(scoring, "score_pool", lambda *_: pytest.fail("scanned again"))
-    assert torch.equal(scan(teacher, pool, key="key")[0], first)
-    with pytest.raises(pytest.fail.Exception):
-        scan(teacher, pool, key="another")
-
-
-def test_the_key_knows_teacher_layers_files_size_and_settings(teacher, pool):
-    layers = bn_layers(teacher)
-    few = dict(list(layers.items())[:2])
-    keys = [score_key(teacher, layers, pool, Config()), score_key(teacher, few, pool, Config()),
-            score_key(teacher, layers, Pool(pool.files[1:], SIZE), Config()),
-            score_key(teacher, layers, Pool(pool.files, (32, 32)), Config())]
-    keys += [score_key(teacher, layers, pool, Config(**options)) for options in (
-        {"metric": "kl"}, {"align": "transfer-first"}, {"sampling": "confidence"},
-        {"sampling": "random"}, {"sampling": "random", "seed": 1})]
+def test_the_file_is_another_for_another_teacher_pool_size_or_option(teacher, pool):
+    layers, options = bn_layers(teacher), ({"metric": "kl"}, {"match_colours": True},
+                                           {"sampling": "confidence"}, {"sampling": "random"},
+                                           {"sampling": "random", "seed": 1})
+    paths = [score_file(teacher, layers, pool, Config(**o)) for o in ({}, *options)]
+    paths += [score_file(teacher, dict(list(layers.items())[:2]), pool, Config()),
+              score_file(teacher, layers, Pool(pool.files[1:], SIZE), Config()),
+              score_file(teacher, layers, Pool(pool.files, (32, 32)), Config())]
     pool.files[3].write_bytes(pool.files[3].read_bytes() + b" ")
-    keys.append(score_key(teacher, layers, pool, Config()))
+    paths.append(score_file(teacher, layers, pool, Config()))
     pool.files[7].unlink()                                       # vanished: no reason to stop
-    keys.append(score_key(teacher, layers, pool, Config()))
+    paths.append(score_file(teacher, layers, pool, Config()))
     next(iter(layers.values())).running_mean[0] += 1
-    keys.append(score_key(teacher, layers, pool, Config()))
-    assert len(set(keys)) == len(keys)
+    paths.append(score_file(teacher, layers, pool, Config()))
+    assert len(set(paths)) == len(paths)
     same = Config(seed=3, steps=7, budget=2, workers=1)
-    assert score_key(teacher, layers, pool, same) == keys[-1]
+    assert score_file(teacher, layers, pool, same) == paths[-1]
 
 
-def test_scores_made_by_other_code_are_not_used_again(teacher, pool, tmp_path, monkeypatch):
-    root, layers = Path(scoring.__file__).parents[1], bn_layers(teacher)
-    before = score_key(teacher, layers, pool, Config())
-    for path in (*root.glob("*.py"), *root.glob("support/*.py")):
-        (tmp_path / path.relative_to(root)).parent.mkdir(exist_ok=True)
-        shutil.copy(path, tmp_path / path.relative_to(root))
-    monkeypatch.setattr(scoring, "__file__", str(tmp_path / "support" / "scoring.py"))
-    assert score_key(teacher, layers, pool, Config()) == before
+def test_scores_of_other_code_are_not_used_again(teacher, pool, tmp_path, monkeypatch):
+    layers = bn_layers(teacher)
+    before = score_file(teacher, layers, pool, Config())
+    for path in (*REPOSITORY.glob("*.py"), *REPOSITORY.glob("support/*.py")):
+        (tmp_path / path.relative_to(REPOSITORY)).parent.mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / path.relative_to(REPOSITORY))
+    monkeypatch.setattr(scoring, "__file__", str(tmp_path / "support/scoring.py"))
+    assert score_file(teacher, layers, pool, Config()) == before
     with open(tmp_path / "bn_stats.py", "a") as file:
         file.write("# a distance of my own\n")
-    assert score_key(teacher, layers, pool, Config()) != before
+    assert score_file(teacher, layers, pool, Config()) != before
 
 
-def test_a_broken_and_a_vanished_file_score_nan_and_are_named(teacher, pool):
+def test_files_that_cannot_be_read_score_nan_are_named_and_are_tried_again(
+        teacher, pool, tmp_path):
+    path, away = tmp_path / "scores.f32", pool.files[7].rename(tmp_path / "away")
     pool.files[4].write_bytes(b"not a picture")
-    pool.files[7].unlink()
     for _ in ("computed", "read"):
-        scores, (first, second) = scan(teacher, pool, key="key")
+        scores, (first, second) = scores_of(teacher, pool, path=path)
         assert scores.isnan().nonzero().flatten().tolist() == [4, 7]
         assert "04.png: Unidentified" in first and "07.png: FileNotFound" in second
-
-
-def test_a_file_that_can_be_read_again_gets_its_score(teacher, pool, tmp_path):
-    away = pool.files[4].rename(tmp_path / "away")
-    assert scan(teacher, pool, key="key")[0].isnan().sum() == 1
-    away.rename(pool.files[4])
-    scores, skipped = scan(teacher, pool, key="key")
-    assert not skipped and torch.equal(scores, scan(teacher, pool)[0])
-
-
-def test_a_score_that_is_not_finite_is_named_and_more_than_half_of_them_stop(pool):
-    scores = torch.arange(30.0)
-    scores[:15] = torch.inf
-    reasons = unusable(pool, scores)
-    assert reasons == [f"{path}: it could not be scored" for path in pool.files[:15]]
-    scores[15] = torch.nan
-    with pytest.raises(ValueError, match=r"16 of 30 files of the pool .*first is .*00\.png: it"):
-        unusable(pool, scores)
+    away.rename(pool.files[7])
+    scores, (first,) = scores_of(teacher, pool, path=path)
+    assert "04.png" in first and torch.equal(scores[5:], scores_of(teacher, pool)[0][5:])
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_a_file_without_a_finite_score_is_not_scored_again_by_the_next_run(pool, bad):
-    asked = []
+def test_a_score_that_is_not_finite_is_named_and_not_computed_again(pool, tmp_path, bad):
+    batches = []
 
-    def rule(images, numbers):
-        asked.append(numbers)
-        return torch.where(numbers == 4, bad, numbers.float())
+    def score(images, index):
+        batches.append(index)
+        return torch.where(index == 4, bad, index.float())
 
     for _ in ("computed", "read"):
-        scores, (reason,) = scoring.scan(rule, pool, torch.device("cpu"), key="key")
+        scores, reasons = scoring.cached_scores(score, pool, CPU, path=tmp_path / "scores.f32")
         assert scores.isinf().nonzero().flatten().tolist() == [4]
-        assert reason == f"{pool.files[4]}: it could not be scored"
-        assert len(asked) == 2                                   # batches of 30 files
+        assert reasons == [f"{pool.files[4]}: its score is not finite"] and len(batches) == 2
 
 
-def test_the_mean_shift_is_the_root_mean_square_of_standardised_channel_means(teacher, pool):
-    layers, indices = bn_layers(teacher), list(range(3, 25))     # two batches, the second smaller
-    with torch.no_grad(), capture_bn_inputs(teacher) as captured:
-        teacher(seen(pool)[3:25])
-    squares = [((mean - layer.running_mean) ** 2 / (layer.running_var + layer.eps)).mean().item()
-               for mean, layer in ((captured[name][0], layers[name]) for name in layers)]
-    assert mean_shift(teacher, layers, pool, indices) == pytest.approx(
-        (sum(squares) / len(squares)) ** 0.5, rel=1e-4)
+def test_a_pool_of_which_more_than_half_cannot_be_used_is_refused(pool):
+    scores = torch.arange(30.0)
+    scores[:15] = torch.inf
+    assert len(unusable(pool, scores)) == 15
+    scores[15] = torch.nan
+    with pytest.raises(ValueError, match=r"16 of 30 files of the pool .*first is .*00\.png: its"):
+        unusable(pool, scores)
 
 
-@pytest.mark.parametrize(("near", "said"), [(0.2, "fits well"), (0.5, "fits in part"),
-                                            (0.9, "hardly fits")])
-def test_the_verdict_names_the_shift_of_the_chosen_and_of_usable_files_spread_over_the_pool(
-        monkeypatch, near, said):
-    looked = []
-    monkeypatch.setattr(scoring, "mean_shift", lambda teacher, layers, pool, indices: looked.append(
-        indices) or (near if len(looked) == 1 else 1.1))
-    found = {"scores": torch.arange(30.0), "chosen": torch.tensor([5, 6, 7]), "layers": None,
-             "pool": None}
-    found["scores"][0] = torch.nan
-    text = verdict(None, found, most=10)
-    assert f"This pool {said}: the chosen images lie {near:.2f} standard" in text and "1.10" in text
-    assert looked == [[5, 6, 7], list(range(1, 30, 3))]
+def test_where_scores_cannot_be_stored_a_run_works_all_the_same(
+        teacher, pool, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(scoring, "STORE", tmp_path / "file/scores")
+    result = distill.distill(teacher, build_model("resnet_tiny", 5), pool.files, SIZE, Config(
+        budget=4, steps=1, batch_size=2, amp="off"), tmp_path / "run")
+    assert "warning: the scores are not kept for later runs" in capsys.readouterr().out
+    assert torch.equal(result["scores"], scores_of(teacher, pool)[0])
+    assert (tmp_path / "run/chosen.csv").exists()
+
+
+# ---------------------------------------------------------------- several processes
+
+def end_in_the_second_batch(rank, words):
+    """Score as the process `rank` of two; the second is killed, then torchrun ends the first."""
+    as_input, batches = scoring.as_input, []
+
+    def ending(images, device):
+        batches.append(images)
+        if len(batches) == 2:
+            os.kill(os.getpid(), signal.SIGKILL if rank else signal.SIGTERM)
+        return as_input(images, device)
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    scoring.as_input = ending
+    one_sentence(lambda: scoring.main(words))()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_two_processes_make_the_file_of_one_and_a_later_start_only_what_is_missing(
+        world, tmp_path, monkeypatch, capfd):
+    """66 of 70 photos are scored, in five batches: 0, 2 and 4 by the first process."""
+    write_photos(tmp_path / "pool", 70)
+    words = (f"--dataset none --pool {tmp_path}/pool --teacher {world}/teacher.pt --device cpu "
+             "--metric kl").split()
+    scoring.main(words)
+    (one,) = scoring.STORE.iterdir()
+    expected = np.fromfile(one, np.float32)
+    assert expected.shape == (66,) and np.isfinite(expected).all()
+
+    monkeypatch.setattr(scoring, "STORE", tmp_path / "runs/scores")
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=end_in_the_second_batch, args=(rank, words))
+                 for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [2, -signal.SIGKILL]
+    assert capfd.readouterr().err.endswith("error: another process has ended; start the same "
+                                           "command again, it scores only what is missing\n")
+    path = scoring.STORE / one.name
+    half = np.array([*expected[:32], *[-np.inf] * 34], np.float32)
+    assert np.array_equal(np.fromfile(path, np.float32), half)
+
+    half[16:32] += 1                              # a mark: who computes these again removes it
+    half.tofile(path)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, "-m", "support.scoring", *words], cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0 and f"scores: runs/scores/{one.name}; distill.py" in done.stdout
+    assert np.array_equal(np.fromfile(path, np.float32), [*half[:32], *expected[32:]])
+
+    monkeypatch.setattr(scoring, "score_pool", lambda *_: pytest.fail("scored again"))
+    distill.main([*words, "--budget", "8", "--dry-run", "--out", str(tmp_path / "run")])
+    assert f"the scores of this pool are read from {path}" in capfd.readouterr().out
+
+
+def test_processes_that_find_no_place_for_their_scores_say_so(world, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(scoring, "STORE", tmp_path / "file/scores")
+    with pytest.raises(ValueError, match=r"file/scores/.*\.f32 cannot be written; start where"):
+        scoring.main(["--dataset", "none", "--pool", f"{world}/pool", "--teacher",
+                      f"{world}/teacher.pt"])
