@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import nearest_colour
+from pictures import coordinates, folder, mask
 from PIL import Image
 from torch import nn
 
@@ -38,31 +39,16 @@ def slow_matrix(prediction, target, classes):
     return matrix
 
 
-def slow_iou(prediction, target, classes):
-    """Return each class's intersection over union from sets of pixels, NaN where absent."""
-    seen = [(p, t) for p, t in zip(prediction.flatten().tolist(), target.flatten().tolist(),
-                                   strict=True) if t != 255]
-    found = []
-    for k in range(classes):
-        guess, truth = ({i for i, pair in enumerate(seen) if pair[side] == k} for side in (0, 1))
-        found.append(len(guess & truth) / len(guess | truth) if guess | truth else ABSENT)
-    return found
-
-
 def network(classes=3, seed=0):
     """Return a network without BatchNorm whose logits are half the size of its input."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, classes, 3, 1, 1)).eval()
 
 
-def loader():
-    """Return six images of 16 x 24 as batches of one, with targets of another size."""
+def data():
+    """Return six images of 16 x 24 and their targets, of another size."""
     images = torch.rand(6, 3, 16, 24, generator=torch.Generator().manual_seed(0))
-    return list(zip(images.split(1), labels(6, 9, 14, classes=3)[1].split(1), strict=True))
-
-
-def joined(batches):
-    return tuple(torch.cat(part) for part in zip(*batches, strict=True))
+    return images, labels(6, 9, 14, classes=3)[1]
 
 
 # ---------------------------------------------------------------- the matrix and the mean
@@ -80,10 +66,12 @@ def test_the_confusion_matrix_equals_slow_loops_and_rows_are_truth():
 @pytest.mark.parametrize("classes", [4, 6])                      # two of them occur nowhere
 def test_mean_iou_equals_slow_loops_and_leaves_absent_classes_out(classes):
     prediction, target = labels(15, 20)
+    pairs = [(p, t) for p, t in zip(prediction.flatten().tolist(), target.flatten().tolist(),
+                                    strict=True) if t != 255]
+    slow = [sum(p == t == k for p, t in pairs) / sum(k in pair for pair in pairs) for k in range(4)]
     miou, iou = mean_iou(confusion_matrix(prediction, target, classes))
-    slow = slow_iou(prediction, target, classes)
-    assert iou.tolist() == pytest.approx(slow, nan_ok=True, abs=1e-6)
-    assert miou.item() == pytest.approx(sum(slow[:4]) / 4, abs=1e-6)
+    assert iou.tolist() == pytest.approx(slow + [ABSENT] * (classes - 4), nan_ok=True, abs=1e-6)
+    assert miou.item() == pytest.approx(sum(slow) / 4, abs=1e-6)
 
 
 @pytest.mark.parametrize(("prediction", "target", "message"), [
@@ -120,7 +108,7 @@ def test_the_hand_computed_example_and_outputs_beyond_the_classes_count_as_wrong
 
 
 def test_the_score_depends_neither_on_batches_nor_on_bytes_and_targets_keep_their_size():
-    images, targets = joined(loader())
+    images, targets = data()
     whole, model = (255 * images).byte(), network()
     expected = slow_matrix(predict(model, whole / 255, (9, 14)), targets, 3)
     for x in (whole, whole / 255):
@@ -139,18 +127,15 @@ def test_labels_outside_the_classes_and_a_target_for_several_images_are_refused(
 
 
 def test_a_reference_is_used_instead_of_the_targets():
-    model, other, batches = network(), network(seed=1), loader()
-    images, targets = joined(batches)
+    model, other, (images, targets) = network(), network(seed=1), data()
     guess, truth = predict(model, images, (9, 14)), predict(other, images, (9, 14))
-    masked = torch.where(targets == 255, 255, truth)
-    others = [(x, torch.where(y == 255, 255, 77)) for x, y in batches]           # not read
-    assert evaluate(model, others, 3, reference=other)["matrix"].tolist() == slow_matrix(
-        guess, masked, 3)
-    bare = [(x, None) for x, _ in batches]
+    void = torch.where(targets == 255, 255, 77)                  # the 77 are not read
+    assert evaluate(model, [(images, void)], 3, reference=other)["matrix"].tolist() == slow_matrix(
+        guess, torch.where(targets == 255, 255, truth), 3)
     full = slow_matrix(predict(model, images, (16, 24)), predict(other, images, (16, 24)), 3)
-    assert evaluate(model, bare, 3, reference=other)["matrix"].tolist() == full
+    assert evaluate(model, [(images, None)], 3, reference=other)["matrix"].tolist() == full
     other.insert(1, nn.BatchNorm2d(8))
-    evaluate(model, batches, 3, reference=other.train())
+    evaluate(model, [(images, targets)], 3, reference=other.train())
     assert not other.training and not other[1].running_mean.any()
 
 
@@ -212,17 +197,18 @@ def test_masks_keep_names_and_sizes_hold_classes_with_colours_and_are_blended_on
     assert "skipped" in (said := capsys.readouterr().out) and "broken.png" in said
     assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*.*")) == [
         "a.overlay.jpg", "a.png", "deeper/b.overlay.jpg", "deeper/b.png"]
-    mask = Image.open(out / "deeper" / "b.png")
-    assert mask.mode == "P" and mask.size == (31, 64) and Image.open(out / "a.png").size == (50, 40)
-    assert mask.getpalette()[:33] == [c for rgb in class_colours(CAMVID) for c in rgb]
+    written = Image.open(out / "deeper" / "b.png")
+    assert written.mode == "P" and written.size == (31, 64)
+    assert Image.open(out / "a.png").size == (50, 40)
+    assert written.getpalette()[:33] == [c for rgb in class_colours(CAMVID) for c in rgb]
     # b.png is 31 x 64: it covers 32 x 48 at 48 x 99, and its classes are found there.
     photo = Image.open(photos / "deeper" / "b.png")
     image = torch.from_numpy(np.array(photo.resize((48, 99), Image.BILINEAR))).permute(2, 0, 1)
     with torch.no_grad():
         expected = predict(model, image[None] / 255, (64, 31))[0].numpy()
-    assert len(np.unique(expected)) >= 2 and (np.asarray(mask) == expected).all()
+    assert len(np.unique(expected)) >= 2 and (np.asarray(written) == expected).all()
     overlay = np.asarray(Image.open(out / "deeper" / "b.overlay.jpg"), dtype=float)
-    blend = (np.asarray(mask.convert("RGB"), dtype=float) + np.asarray(photo)) / 2
+    blend = (np.asarray(written.convert("RGB"), dtype=float) + np.asarray(photo)) / 2
     assert overlay.shape == blend.shape and np.abs(overlay - blend).mean() < 12          # JPEG
 
 
@@ -230,7 +216,7 @@ def test_two_images_of_one_name_get_two_masks_and_classes_without_names_get_colo
                                                                                    tmp_path):
     Image.new("RGB", (20, 30), "white").save(photos / "a.png")
     out = tmp_path / "masks"
-    for model in (network(), wrap(network())):
+    for model in (network(), wrap(network()), wrap(network(), 2)):               # 2 of 3 named
         assert write_masks(model, photos, out, (32, 48), "cpu") == 3
         written = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.*"))
         assert written == ["a.jpg.png", "a.png.png", "deeper/b.png.png"]
@@ -248,13 +234,17 @@ def test_masks_are_not_written_among_the_images(photos):
     assert (photos / "deeper" / "b.png").read_bytes() == before
 
 
-def test_what_is_missing_on_the_command_line_is_named(photos, tmp_path, capsys):
+def test_what_is_missing_on_the_command_line_and_labels_that_do_not_fit_are_named(
+        photos, tmp_path, capsys):
     save_model(camvid_model(size=None), tmp_path / "m.pt")
-    words = ["--checkpoint", str(tmp_path / "m.pt"), "--images", str(photos)]
-    for more, message in (([], "m.pt does not say its image size; give --image-size"),
-                          (["--image-size", "32", "48"], "--out is missing")):
+    checkpoint, images = ["--checkpoint", str(tmp_path / "m.pt")], ["--images", str(photos)]
+    data = folder(tmp_path / "data", coordinates(8, 8), 255 * mask([0, 1] * 4).repeat(8, axis=0))
+    labelled = ["--dataset", "folder", "--data-root", str(data)]
+    for words, message in ((images, "m.pt does not say its image size; give --image-size"),
+                           ([*images, "--image-size", "32", "48"], "--out is missing"),
+                           ([*labelled, "--image-size", "32", "48"], "saved as 0 and 255")):
         with pytest.raises(ValueError, match=message):
-            main([*words, *more])
+            main([*checkpoint, *words])
     with pytest.raises(SystemExit):
-        main(words[2:])
+        main(images)
     assert "required: --checkpoint" in capsys.readouterr().err
