@@ -39,7 +39,8 @@ def atomic(path):
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(f"could not write {path}: {error.strerror or error}") from error
+        raise OSError(f"could not write {path}: {error.strerror or error}; free some space or "
+                      "choose another folder; what was there is intact") from error
     finally:
         temporary.unlink(missing_ok=True)
 
