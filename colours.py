@@ -1,177 +1,149 @@
-"""Can a wild photograph be made to look as if the private camera had taken it? Change its colours.
+"""Can a photo be given the colours of the teacher's training images? Yes, from BatchNorm alone.
 
 Picture
-    The private photographs were taken on warm, soft evenings, yours at a blue, hard noon. Turn the
-    colour knobs of yours until its average colour and its contrast are those of the evenings; every
-    edge stays where it is. Nobody shows you an evening, but the teacher has seen them.
+    The teacher was trained on photos of warm, soft evenings. Yours were taken at noon, in hard blue
+    light. Change the colours of each of them until its average colour and its contrast are those of
+    the evening photos. Every edge stays where it is.
 
 Idea
-    The first BatchNorm layer of a trained network, the teacher, sees the image through nothing but
-    a linear filter, so its running mean and variance tell the mean and covariance of the private
-    colours. Each photograph is then given these by a 3x3 matrix and an offset, without any search.
+    Only linear filters lie between the image and the first BatchNorm layer of a network. Therefore
+    the running statistics of this layer reveal the mean and contrast of the training images'
+    colours. One 3x3 matrix and one offset per photo then give the photo this mean and contrast.
 
 Equation
-    a constant colour x gives the answer A x + b before the first BatchNorm layer; so
-    private mean        m* = argmin over m of || (A m + b - mu_bn) / s ||
-    private covariance  S* = argmin over S of sum over channels c of (a_c' S a_c / var_bn_c - 1)^2
-    new colour          y  = T (x - m) + m*,   T = S^-1/2 (S^1/2 S* S^1/2)^1/2 S^-1/2
-                        (S and S* with a small number added to their diagonals)
+    response to a constant colour x, before the first BatchNorm layer:  A x + b
+    mean        m* = argmin over m of || (A m + b - mu_bn) / s ||_2
+    covariance  S* = v R,   v = median over channels c of var_bn_c / (a_c' R a_c)
+    new colour  y  = T (x - m) + m*,   T = S^-1/2 (S^1/2 S* S^1/2)^1/2 S^-1/2
+                (0.001 is added to the diagonals of S and S*)
 
 Paper
-    None: this is ours, not DFSS's (Sun & Wu, arXiv 2512.13175). T is the linear Monge-Kantorovitch
-    map of colour transfer (Pitie & Kokaram, CVMP 2007). S* also holds how private images differ
-    from one another, so a changed image has a little more contrast than most private ones.
+    This step is ours, not DFSS's (Sun & Wu, arXiv 2512.13175). T is the linear Monge-Kantorovitch
+    map of colour transfer (Pitie & Kokaram, CVMP 2007). R is an assumption: correlations of 0.95
+    between the colours, as in everyday photos. S* also holds the variance between training images.
 
 Symbols
-    B images, H W pixels, C channels.  x, y colours in [0, 1];  m (3,), S (3, 3): mean and
-    covariance of the colours of an image, m* and S* those of the private images.
-    mu_bn, var_bn (C,): running mean and variance of the first BatchNorm layer;  s = sqrt(var_bn).
-    A (C, 3) with rows a_c, b (C,);  ' transposes.  maps (B, 3, 4): a matrix and an offset each.
+    x, y colours in [0, 1].  m (3,), S (3, 3): mean and covariance of the colours of one image;
+    m*, S*: those of the training images;  v: variance of one colour channel;  R (3, 3): 1 on the
+    diagonal, 0.95 elsewhere.  mu_bn, var_bn (C,): running mean and variance;  s = sqrt(var_bn).
+    A (C, 3) with rows a_c, b (C,);  ' transposes.  B images, C channels, H W pixels.
 
-Worked example (grey values, nothing added to S; the demo prints its end, a test asserts it)
-    a filter that answers 4 x - 1, with mu_bn = 0.6, var_bn = 0.64:  m* = 1.6 / 4 = 0.4,  S* = 0.04
-    an image of half 0.5 and half 0.7:  m = 0.6,  S = 0.01,  T = 0.2 / 0.1 = 2
-    y = 2 (x - 0.6) + 0.4:  0.5 becomes 0.2 and 0.7 becomes 0.6
+Worked example (grey images, R = 1 everywhere; the demo prints the last line, a test asserts it)
+    a layer whose response to grey x is 4 x - 1, with mu_bn = 0.6, var_bn = 0.64:
+        4 m* - 1 = 0.6, hence m* = 0.4;    v = 0.64 / 4^2 = 0.04
+    an image, half of it 0.5 and half 0.7:  m = 0.6,  variance 0.01,  T = sqrt(0.04 / 0.01) = 2
+    y = 2 (x - 0.6) + 0.4:  0.5 becomes 0.2, and 0.7 becomes 0.6
 
 Use it
+    import torch, torchvision
     from colours import colour_target, match_colours
-    def response(x):                                     # images in [0, 1] -> (n, C), for a ResNet
-        return teacher.conv1(normalise(x)).mean(dim=(2, 3))         # bn = teacher.bn1 comes next
-    mean, cov = colour_target(response, bn.running_mean, bn.running_var, images.shape[-2:])
-    images = match_colours(images, mean, cov)            # (B, 3, H, W) -> (B, 3, H, W)
+    teacher = torchvision.models.resnet18(weights=None).eval()           # yours: a trained one
+    def response(images):         # RGB in [0, 1] -> (n, C): mean input of the first BatchNorm layer
+        return teacher.conv1((images - 0.45) / 0.225).mean(dim=(2, 3))
+    bn = teacher.bn1
+    mean, cov = colour_target(response, bn.running_mean, bn.running_var, size=(96, 128))
+    photos = match_colours(torch.rand(8, 3, 96, 128), mean, cov)         # (B, 3, H, W), in [0, 1]
 
 Run it
-    python colours.py         (CPU, a second: a filter's statistics give a camera's colours away)
+    python colours.py         (CPU, a second: estimates a camera's colours and applies them)
 """
 
 import torch
 
-# ---------------------------------------------------------- give a photograph the private colours
 
-def square_root(matrices, power=0.5):
-    """Return symmetric positive matrices (..., 3, 3) to a power."""
+def spd_power(matrices, exponent):
+    """Return symmetric positive definite matrices (..., 3, 3) raised to a real exponent."""
     values, vectors = torch.linalg.eigh(matrices)
-    return vectors @ (values.clamp_min(1e-15) ** power).diag_embed() @ vectors.mT
+    return vectors @ (values.clamp_min(1e-15) ** exponent).diag_embed() @ vectors.mT
 
 
 def transfer(images, mean, cov, floor=1e-3):
-    """Return the maps that give each image the colours `mean` (3,) and `cov` (3, 3): (B, 3, 4).
+    """Return per image the matrix T and the offset m* - T m: (B, 3, H, W) -> (B, 3, 4).
 
-    images: (B, 3, H, W). floor is added to both covariances: so the contrast of a flat image, or of
-    a colour that it hardly has, is not raised without limit.
+    They give the image colour mean `mean` (3,) and covariance `cov` (3, 3); Pitie & Kokaram.
+    `floor` is added to both diagonals, so that the gain stays bounded for an image of one colour.
     """
-    pixels = images.double().flatten(2)                                             # (B, 3, HW)
+    pixels = images.double().flatten(2)                                             # (B, 3, H*W)
     m = pixels.mean(dim=2, keepdim=True)                                            # (B, 3, 1)
     mean, cov = mean.double(), cov.double()
     eye = floor * torch.eye(3, device=images.device, dtype=torch.float64)
     S = (pixels - m) @ (pixels - m).mT / pixels.shape[2] + eye                      # (B, 3, 3)
-    half, inverse = square_root(S), square_root(S, -0.5)
-    T = inverse @ square_root(half @ (cov + eye) @ half) @ inverse                  # (B, 3, 3)
+    root, inverse = spd_power(S, 0.5), spd_power(S, -0.5)
+    T = inverse @ spd_power(root @ (cov + eye) @ root, 0.5) @ inverse               # (B, 3, 3)
     return torch.cat([T, mean.view(1, 3, 1) - T @ m], dim=2).float()
 
 
 def apply_colours(images, maps):
-    """Return the images with their colours mapped, cut to [0, 1]: (B, 3, H, W), (B, 3, 4)."""
+    """Return T x + offset, clamped to [0, 1]: (B, 3, H, W), (B, 3, 4) -> (B, 3, H, W)."""
     matrix, offset = maps[:, :, :3], maps[:, :, 3]
     return (torch.einsum("bij,bjhw->bihw", matrix, images) + offset[..., None, None]).clamp(0, 1)
 
 
 def match_colours(images, mean, cov):
-    """Return the images in the colours `mean` (3,) and `cov` (3, 3): (B, 3, H, W) -> (B, 3, H, W).
+    """Return images with colour mean (3,) and covariance (3, 3): (B, 3, H, W) -> same, in [0, 1].
 
-    In [0, 1]. It is a way to read a photograph: what comes later need not know of it. Each image is
-    changed by itself, whatever else is in the batch.
+    Each image is changed on its own. Clamping and the floor of `transfer` make it approximate.
     """
     return apply_colours(images, transfer(images, mean, cov))
 
 
-# ----------------------------------------------------- read the private colours off the first layer
-
-def least_squares(matrix, vector):
-    """Return the smallest argmin over x of || matrix x - vector ||: (C, n), (C,) -> (n,).
-
-    In float64 inside. Directions that the matrix sees no better than float32 rounds are left at 0:
-    with filters of brightness alone, the answer would be made of rounding errors.
-    """
-    return (torch.linalg.pinv(matrix.double(), rtol=1e-5) @ vector.double()).to(matrix.dtype)
-
-
-def hardly_sees_colour(system, entries):
-    """Say whether a covariance read off a layer is too unsure to use: (C, 6), (6,) -> bool.
-
-    A layer whose filters all look at brightness cannot tell how the colours differ, and least
-    squares then answers with noise. "Too unsure": for two colours, the standard error of the
-    variance of their difference is more than half the variance of grey.
-    """
-    system, entries = system.double(), entries.double()
-    noise = (system @ entries - 1).square().sum() / max(len(system) - 6, 1) + 1e-6
-    gram = system.T @ system + 1e-9 * system.square().sum() * torch.eye(6).to(system)   # invertible
-    spread = noise * torch.linalg.inv(gram)                          # covariance of entries (6, 6)
-    # var(red - green) = S_rr - 2 S_rg + S_gg; entries are in the order rr rg rb gg gb bb.
-    differences = system.new_tensor([[1, -2, 0, 1, 0, 0], [1, 0, -2, 0, 0, 1], [0, 0, 0, 1, -2, 1]])
-    errors = (differences @ spread @ differences.T).diagonal().clamp_min(0).sqrt()          # (3,)
-    grey = (entries @ system.new_tensor([1, 2, 2, 1, 2, 1])) / 9
-    return bool(errors.max() > grey / 2)
-
-
 @torch.no_grad()
 def colour_target(response, mean_bn, var_bn, size):
-    """Return the mean (3,) and covariance (3, 3) of the private colours, read off one layer.
+    """Return the estimated colour mean (3,) and covariance (3, 3) of a network's training images.
 
-    response: maps images (n, 3, H, W) in [0, 1] to the (n, C) mean of what enters a BatchNorm layer
-    behind linear filters alone, the network's first. mean_bn, var_bn (C,): its running statistics.
-    size (H, W): of the constant images that show how the layer answers to a colour.
-    Neighbouring pixels are nearly alike, so a filter answers nearly everywhere as to a constant
-    colour. This is exact for 1x1 filters, as in the demo, and approximate for larger ones. Where
-    the layer hardly sees colour (or C < 6), only the variance of grey is read, and the three
-    colours are taken to vary together as in most photographs (correlation 0.95).
+    response: maps images (n, 3, H, W) in [0, 1] to the spatial mean (n, C) of the input of the
+    network's first BatchNorm layer. Only linear filters may lie in between.
+    mean_bn, var_bn: the layer's running mean and variance, (C,). size: (H, W) of these images.
+    Exact for 1x1 filters and a correlation of 0.95. Approximate for larger filters: neighbouring
+    pixels are similar, and most filters respond to brightness. ValueError if no filter does.
     """
-    grey, step = 0.5, 0.2
-    colours = grey + step * torch.cat([torch.zeros(1, 3), torch.eye(3)]).to(mean_bn)        # (4, 3)
-    answers = response(colours.view(4, 3, 1, 1).expand(4, 3, *size).contiguous())           # (4, C)
-    A = (answers[1:] - answers[0]).T / step                                                 # (C, 3)
-    var_bn = var_bn.clamp_min(1e-12)                      # a dead channel has variance 0
-    s = var_bn.sqrt()                                                                       # (C,)
-    mean = grey + least_squares(A / s[:, None], (mean_bn - answers[0]) / s)                 # (3,)
+    colours = 0.5 + 0.2 * torch.cat([torch.zeros(1, 3), torch.eye(3)]).to(mean_bn)          # (4, 3)
+    outputs = response(colours.view(4, 3, 1, 1).expand(4, 3, *size).contiguous())           # (4, C)
+    A = (outputs[1:] - outputs[0]).T / 0.2                                                  # (C, 3)
+    s = var_bn.clamp_min(1e-12).sqrt()                # (C,); a dead channel has variance 0
 
-    # a' S a is linear in the six different entries of S; off the diagonal each occurs twice.
-    i, j = torch.triu_indices(3, 3, device=A.device)                                        # (6,)
-    products = A[:, i] * A[:, j] * torch.where(i == j, 1.0, 2.0)                            # (C, 6)
-    system = products / var_bn[:, None]
-    entries = least_squares(system, torch.ones_like(s))
-    cov = A.new_zeros(3, 3)
-    cov[i, j] = cov[j, i] = entries
-    if hardly_sees_colour(system, entries):
-        return mean, cov.mean() * (0.05 * torch.eye(3) + 0.95).to(cov)
-    values, vectors = torch.linalg.eigh(cov)              # least squares may leave some negative
-    return mean, vectors @ values.clamp_min(0).diag() @ vectors.T
+    # pinv, not lstsq: filters that see brightness alone leave two directions of colour open.
+    # They then stay grey; lstsq would fill them with amplified rounding errors.
+    inverse = torch.linalg.pinv((A / s[:, None]).double(), rtol=1e-5)                       # (3, C)
+    mean = 0.5 + inverse @ ((mean_bn - outputs[0]) / s).double()                            # (3,)
+
+    R = (0.05 * torch.eye(3) + 0.95).to(A)
+    unit_var = ((A @ R) * A).sum(dim=1)               # (C,): variance of the response if v = 1
+    alive = unit_var > 1e-8 * unit_var.max()          # below: rounding errors of a dead channel
+    if not alive.any():
+        raise ValueError("response is the same for all colours; return what enters BatchNorm")
+    # Median: a filter that detects edges has a large var_bn at a small response to brightness.
+    v = (var_bn / unit_var)[alive].median()
+    return mean.to(A), v * R
 
 
 def demo():
-    """Print the worked example, then read a camera's colours off a random filter bank."""
+    """Print the worked example, a photo matched to a camera, and a camera that is misjudged."""
     image = torch.tensor([0.5, 0.7]).view(1, 1, 1, 2).expand(1, 3, 1, 2)
-    grey = torch.ones(3, 3) * 0.04                                  # all colours vary together
-    maps = transfer(image, torch.full((3,), 0.4), grey, floor=1e-9)
+    maps = transfer(image, torch.full((3,), 0.4), torch.full((3, 3), 0.04), floor=1e-9)
     print("Worked example:", [round(v, 3) for v in apply_colours(image, maps)[0, 0, 0].tolist()])
 
-    generator = torch.Generator().manual_seed(0)
-    cast = torch.tensor([[0.16, 0, 0], [0.10, 0.08, 0], [0.06, 0.06, 0.05]])
-    truth = torch.tensor([0.6, 0.45, 0.3])
-    pixels = truth + torch.randn(4096, 3, generator=generator) @ cast.T              # a warm camera
-    A, b = torch.randn(16, 3, generator=generator), torch.randn(16, generator=generator)
-    answers = pixels @ A.T + b
-    mean, cov = colour_target(lambda x: x.mean(dim=(2, 3)) @ A.T + b, answers.mean(dim=0),
-                              answers.var(dim=0, unbiased=False), (4, 4))
-    blue = torch.tensor([0.3, 0.4, 0.7]).view(1, 3, 1, 1) + 0.1 * torch.randn(
-        1, 3, 64, 64, generator=generator)
-    rows = {"the camera": (pixels.mean(dim=0), pixels.T.cov()), "read off the layer": (mean, cov)}
-    after = match_colours(blue, mean, cov)
-    for name, x in (("photograph before", blue), ("photograph after", after)):
-        rows[name] = x.mean(dim=(0, 2, 3)), x[0].flatten(1).cov()
-    print("\nA warm camera, what 16 running means and variances tell of it, and a blue photograph:")
-    for name, (m, S) in rows.items():
-        print(f"    {name:20s}mean" + "".join(f"{v:6.2f}" for v in m)
-              + "    standard deviation" + "".join(f"{v:6.2f}" for v in S.diagonal().sqrt()))
+    def show(name, mean, cov):
+        std = cov.diagonal().sqrt()
+        numbers = [*mean.tolist(), *std.tolist(), (cov[0, 1] / std[0] / std[1]).item()]
+        print(f"{name:28s}" + "".join(f"{x:6.2f}" for x in numbers))
+
+    torch.manual_seed(0)
+    A, b = torch.randn(16, 3), torch.randn(16)                         # 16 filters of 1x1 pixel
+    photo = torch.tensor([0.3, 0.4, 0.7]).view(3, 1, 1) + 0.1 * torch.randn(1, 3, 64, 64)
+    print(f"\n{'':28s}  mean of R, G, B   std of R, G, B    correlation of R and G")
+    show("bluish photo", photo.mean(dim=(0, 2, 3)), photo[0].flatten(1).cov())
+    for cor in (0.95, 0.5):
+        mix = spd_power(0.02 * ((1 - cor) * torch.eye(3) + cor), 0.5)
+        pixels = torch.tensor([0.6, 0.45, 0.3]) + torch.randn(4096, 3) @ mix          # (4096, 3)
+        inputs = pixels @ A.T + b                                      # (4096, C)
+        mean, cov = colour_target(lambda x: x.mean(dim=(2, 3)) @ A.T + b, inputs.mean(dim=0),
+                                  inputs.var(dim=0, unbiased=False), (4, 4))
+        matched = match_colours(photo, mean, cov)
+        show("training images", pixels.mean(dim=0), pixels.T.cov())
+        show("    estimate from BatchNorm", mean, cov)
+        show("    photo matched to it", matched.mean(dim=(0, 2, 3)), matched[0].flatten(1).cov())
+    print("The correlation is assumed to be 0.95: the second camera's is not found.")
 
 
 if __name__ == "__main__":

@@ -140,7 +140,8 @@ inputs, method, training, running = (partial(option, group=g) for g in (
 
 @dataclass(frozen=True)
 class Config(command.Inputs):    # and: teacher, pool, image_size, metric, layers, match_colours
-    student_model: str = inputs("resnet_tiny", "student network", MODELS)
+    student_model: str = inputs("resnet_tiny", "student network: FILE.py:FUNCTION, or one of "
+                                + ", ".join(MODELS))
     student_weights: str = inputs("none", "pretrained on ImageNet", ("none", "imagenet"))
     budget: int = inputs(400, "pool images to learn from; 0 takes all")
     sampling: str = method("nearest", "select by distance, by the teacher's confidence, at random",
@@ -164,11 +165,12 @@ class Config(command.Inputs):    # and: teacher, pool, image_size, metric, layer
 def evaluate_all(cfg, teacher, student, held_out):
     """Return {"teacher", "student", "agreement"} of `evaluate.evaluate`; without labels the last.
     """
-    K, results = teacher.num_classes, {}
+    results = {}
     if cfg.dataset != "none":
+        K = len(held_out.dataset.class_names)             # the teacher may have more, a background
         results["teacher"] = evaluate(teacher, held_out, K)
         results["student"] = evaluate(student, held_out, K)
-    results["agreement"] = evaluate(student, held_out, K, reference=teacher)
+    results["agreement"] = evaluate(student, held_out, teacher.num_classes, reference=teacher)
     return results
 
 

@@ -27,6 +27,14 @@ import torch
 import torch.nn.functional as F
 
 
+def check_values(name, values, num_classes, ignore_index):
+    """Raise ValueError if class numbers (n,) do not lie in 0..K-1."""
+    if len(values) and not 0 <= values.min() <= values.max() < num_classes:
+        raise ValueError(f"{name} values must lie in 0..{num_classes - 1} (or be the ignored "
+                         f"{ignore_index}); got {values.min()}..{values.max()}; labels must have "
+                         "the classes of the network")
+
+
 def confusion_matrix(prediction, target, num_classes, ignore_index=255):
     """Return the (K, K) int64 matrix of pixel counts; rows are truth, columns predictions.
 
@@ -38,11 +46,8 @@ def confusion_matrix(prediction, target, num_classes, ignore_index=255):
                          "must have the same shape")
     counted = target != ignore_index
     truth, guess = target[counted].long(), prediction[counted].long()              # (n,) each
-    for name, values in (("target", truth), ("prediction", guess)):
-        if len(values) and not 0 <= values.min() <= values.max() < num_classes:
-            raise ValueError(f"{name} values must lie in 0..{num_classes - 1} (or be the ignored "
-                             f"{ignore_index}); got {values.min()}..{values.max()}; labels must "
-                             "have the classes of the network")
+    check_values("target", truth, num_classes, ignore_index)
+    check_values("prediction", guess, num_classes, ignore_index)
     pairs = truth * num_classes + guess
     return pairs.bincount(minlength=num_classes ** 2).view(num_classes, num_classes)
 
@@ -76,21 +81,18 @@ def evaluate(model, loader, num_classes, reference=None, device=None, ignore_ind
     """
     device, K = device or next(model.parameters()).device, num_classes
     model.eval()                            # a pass in training mode would change its statistics
-    matrix = torch.zeros(K + 1, K + 1, dtype=torch.int64, device=device)       # K: all beyond
+    matrix = torch.zeros(K + 1, K + 1, dtype=torch.int64, device=device)     # K: any other output
     for images, targets in loader:
         images = images.to(device)
         images = images.float() / 255 if images.dtype == torch.uint8 else images
-        if targets is not None:
-            targets = targets.to(device)
-            if ((targets >= K) & (targets != ignore_index)).any():
-                raise ValueError(f"target values must lie in 0..{K - 1} or be {ignore_index}; got "
-                                 f"{targets[targets != ignore_index].max()}")
         size = images.shape[-2:] if targets is None else targets.shape[-2:]
-        truth = targets
-        if reference is not None:
-            truth = predict(reference.eval(), images, size).clamp(max=K)           # (B, h, w)
+        if reference is None:
+            truth = targets.to(device)                                             # (B, h, w)
+            check_values("target", truth[truth != ignore_index], K, ignore_index)
+        else:
+            truth = predict(reference.eval(), images, size).clamp(max=K)
             if targets is not None:
-                truth[targets == ignore_index] = ignore_index
+                truth[targets.to(device) == ignore_index] = ignore_index
         prediction = predict(model, images, size).clamp(max=K)                     # (B, h, w)
         matrix += confusion_matrix(prediction, truth, K + 1, ignore_index)
     matrix = matrix.cpu()
@@ -99,15 +101,10 @@ def evaluate(model, loader, num_classes, reference=None, device=None, ignore_ind
             "pixel_accuracy": matrix.diagonal().sum().item() / max(matrix.sum().item(), 1)}
 
 
-def named_iou(result, class_names):
-    """Return {class: IoU}, None where a class is absent: JSON has no NaN."""
-    return {name: None if iou != iou else iou
-            for name, iou in zip(class_names, result["iou"].tolist(), strict=True)}
-
-
 def report(results, class_names):
     """Return a table as text: one line per class, one column per named result of `evaluate`."""
-    rows = {name: [r["iou"][k] for r in results.values()] for k, name in enumerate(class_names)}
+    rows = {name: [r["iou"][k] if k < len(r["iou"]) else float("nan") for r in results.values()]
+            for k, name in enumerate(class_names)}
     rows["mean IoU"] = [r["miou"] for r in results.values()]
     rows["pixel accuracy"] = [r["pixel_accuracy"] for r in results.values()]
     lines = [f"{'IoU %':20s}" + "".join(f"{name:>11s}" for name in results)]
@@ -132,7 +129,8 @@ def write_masks(model, folder, out, size, device, overlay=False):
     if Path(folder).resolve() in (Path(out).resolve(), *Path(out).resolve().parents):
         raise ValueError(f"--out {out} lies in the folder of the images; name another folder")
     files, written = find_images(folder), 0
-    colours = class_colours(model.class_names)
+    own = class_colours(getattr(model, "class_names", ()))
+    colours = [*own, *class_colours(())[len(own):]]                  # for outputs without a name
     for path, name in zip(progress(files, "masks"), mask_names(files), strict=True):
         try:
             image = load_image(path)
@@ -155,10 +153,10 @@ def main(argv=None):
 
     from support.checkpoint import load_model, save_json
     from support.evaluation import Config
-    from support.labelled import compare_names, open_labelled
+    from support.labelled import check_labels, open_labelled
     from support.options import parse, pick_device, pick_workers
     from support.progress import progress
-    cfg = parse(Config, argv, main.__doc__.split(";")[0] + ".")
+    cfg = parse(Config, argv, "Score a checkpoint on labelled data, or write masks for a folder.")
     device = pick_device(cfg.device)
     model = load_model(cfg.checkpoint, cfg.model, cfg.num_classes).to(device)
     size = cfg.image_size or model.image_size
@@ -170,14 +168,16 @@ def main(argv=None):
         count = write_masks(model, cfg.images, cfg.out, size, device, cfg.overlay)
         print(f"{count} masks in {cfg.out}")
         return {"masks": count}
-    data = open_labelled(cfg.dataset, cfg.data_root, cfg.split, size, cfg.num_classes,
-                         cfg.download)
-    compare_names(data, model.class_names)
+    data = open_labelled(cfg.dataset, cfg.data_root, cfg.split, size,
+                         cfg.num_classes or model.num_classes, cfg.download)
+    check_labels(data, model.class_names)
     loader = DataLoader(data, num_workers=pick_workers(cfg.workers, device))
     result = evaluate(model, progress(loader, "evaluate"), len(data.class_names))
     print(report({"model": result}, data.class_names))
-    metrics = {"miou": result["miou"], "pixel_accuracy": result["pixel_accuracy"],
-               "iou": named_iou(result, data.class_names), "config": asdict(cfg)}
+    iou = {name: None if value != value else value                        # JSON has no NaN
+           for name, value in zip(data.class_names, result["iou"].tolist(), strict=True)}
+    metrics = {"miou": result["miou"], "pixel_accuracy": result["pixel_accuracy"], "iou": iou,
+               "config": asdict(cfg)}
     if cfg.out:
         save_json(metrics, cfg.out)
     return metrics

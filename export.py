@@ -1,9 +1,8 @@
-"""Put a student to work: one file that runs with torch alone, and what it costs beside its teacher.
+"""Export a student to one file that runs with torch alone, and compare its cost with the teacher's.
 
 Idea
     `torch.export` records what the network computes, normalisation included. The file needs torch
-    but not this repository, and takes any batch and any size from 32x32 on. It is loaded again here
-    and must give the same masks as the network it was made from.
+    but not this repository. Before it is written, it must give the same masks as the network.
 
 Use it, anywhere
     student = torch.export.load("student.pt2").module()
@@ -12,9 +11,11 @@ Use it, anywhere
 Run it
     python export.py --checkpoint runs/001/student.pt --out student.pt2
     python export.py --checkpoint runs/001/student.pt --teacher runs/teacher/teacher.pt
+    python export.py --model nets.py:unet --out unet.pt2
 """
 
 import copy
+import io
 from dataclasses import dataclass
 
 import torch
@@ -23,15 +24,17 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 from models import cost
-from support.checkpoint import load_model, save
+from support.checkpoint import atomic, load_model
 from support.options import Options, one_sentence, option, parse, pick_device
 
 
 @dataclass(frozen=True)
 class Config(Options):
-    checkpoint: str | None = option(None, "student.pt or teacher.pt", metavar="FILE", required=True)
+    checkpoint: str | None = option(None, "student.pt, teacher.pt or a state dict", metavar="FILE")
+    model: str | None = option(None, "its network, if it is your own: file.py:function, or a name")
     out: str | None = option(None, "file to write; without it: costs only", metavar="FILE")
-    teacher: str | None = option(None, "teacher.pt to compare the cost with", metavar="FILE")
+    teacher: str | None = option(None, "teacher to compare the cost with", metavar="FILE")
+    teacher_model: str | None = option(None, "its network, as for --model")
     image_size: tuple[int, int] | None = option(None, "size to measure at (default: its own)")
     device: str = option("auto", "where to measure: cpu, cuda ...; auto: a GPU if there is one")
 
@@ -49,26 +52,33 @@ class AtImageSize(nn.Module):
 
 @torch.no_grad()
 def export(model, path, size):
-    """Write a copy of `model`, on the CPU and in eval mode, to `path`, for any B, H and W from 32.
+    """Write a copy of `model`, on the CPU and in eval mode, to `path`; return the sizes it takes.
 
-    Raises ValueError if the file, loaded again, gives other masks at `size` = (H, W) or beside it.
+    These are any (H, W), or `size` alone where the network computes with sizes in Python numbers.
+    ValueError, and no file, if the program does not give the same masks as the network.
     """
-    if min(size) < 32:
-        raise ValueError(f"an image size of {size} is too small to export; use 32 32 or more")
-    model = AtImageSize(copy.deepcopy(model).cpu().eval())
-    auto = torch.export.Dim.AUTO                        # but a batch of one would stay one
-    program = torch.export.export(model, (torch.rand(2, 3, 128, 160),),
-                                  dynamic_shapes=({0: auto, 2: auto, 3: auto},))
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)              # names folders of this machine
-    save(program, path, torch.export.save)
-    loaded = torch.export.load(path).module()
-    for shape in ((1, 3, *size), (3, 3, size[0] + 33, size[1] + 18)):
-        images = torch.rand(shape)
-        other = loaded(images).argmax(dim=1) != model(images).argmax(dim=1)       # (B, H, W)
-        if other.float().mean() > 1e-4:                 # rounding may decide where classes tie
-            raise ValueError(f"{path} gives other masks than the checkpoint, in "
-                             f"{other.float().mean():.2%} of the pixels of {shape}; do not use it")
+    model, auto = AtImageSize(copy.deepcopy(model).cpu().eval()), torch.export.Dim.AUTO
+    for dynamic, sizes in ((0, 2, 3), "any size"), ((0,), f"the size {size[0]}x{size[1]} only"):
+        other_size = (size[0] + 33, size[1] + 18) if 2 in dynamic else size
+        file = io.BytesIO()              # in memory: on a full disk torch.export.save ends Python
+        try:
+            program = torch.export.export(model, (torch.rand(2, 3, *size),),
+                                          dynamic_shapes=(dict.fromkeys(dynamic, auto),))
+            for node in program.graph.nodes:
+                node.meta.pop("stack_trace", None)               # names folders of this machine
+            torch.export.save(program, file)
+            program = torch.export.load(io.BytesIO(file.getvalue())).module()
+            for images in torch.rand(1, 3, *size), torch.rand(3, 3, *other_size):
+                other = program(images).argmax(dim=1) != model(images).argmax(dim=1)   # (B, H, W)
+                if other.float().mean() > 1e-4:          # rounding may decide where classes tie
+                    raise ValueError(f"other masks in {other.float().mean():.2%} of the pixels")
+        except Exception as error:                       # a network can break export in many ways
+            reason = str(error).strip().split("\n")[0]
+            continue
+        with atomic(path) as temporary:
+            temporary.write_bytes(file.getvalue())
+        return sizes
+    raise ValueError(f"{path} is not written: the network cannot be exported ({reason})")
 
 
 @torch.inference_mode()
@@ -81,17 +91,17 @@ def latency(model, size, device):
 
 def main(argv=None):
     """Export a checkpoint, print what it costs; return {name: (parameters, MACs, ms)}."""
-    cfg = parse(Config, argv, "Write a student that runs without this repository; say its cost.")
+    cfg = parse(Config, argv, "Write a student that runs without this repository; show its cost.")
     device, models, rows = pick_device(cfg.device), {}, {}
-    if cfg.teacher:
-        models["teacher"] = load_model(cfg.teacher)
-    models["student"] = student = load_model(cfg.checkpoint)
+    if cfg.teacher or cfg.teacher_model:
+        models["teacher"] = load_model(cfg.teacher, cfg.teacher_model)
+    models["student"] = student = load_model(cfg.checkpoint, cfg.model)
     size = cfg.image_size or student.image_size
     if size is None:
-        raise ValueError(f"{cfg.checkpoint} does not say its image size; give --image-size")
+        raise ValueError("the network does not say its image size; give --image-size")
     if cfg.out:
-        export(student, cfg.out, size)
-        print(f"{cfg.out} gives the same masks as {cfg.checkpoint}, for any batch and size")
+        sizes = export(student, cfg.out, size)
+        print(f"{cfg.out} gives the same masks as the network, for any batch and {sizes}")
     print(f"one image of {size[0]}x{size[1]} on {device.type}, {torch.get_num_threads()} threads\n"
           f"{'':10s}{'parameters':>12s}{'multiply-adds':>15s}{'latency':>12s}")
     for name, model in models.items():

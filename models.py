@@ -1,10 +1,9 @@
-"""Teachers and students: torchvision's segmentation networks and two small ones for a CPU.
+"""Teachers and students: torchvision's segmentation networks, two small ones, and your own.
 
 Idea
-    Every network here maps RGB in [0, 1] to logits at its own stride, a quarter of the image's
-    size, say; whoever wants masks resizes them. It carries its own normalisation as buffers: the
-    teacher's BatchNorm statistics only mean something under the normalisation it was trained with,
-    so the two must not be able to part. `wrap` makes such a network of anybody's.
+    Every network maps RGB in [0, 1] to logits at its own stride, usually a quarter or an eighth of
+    the image size; resize the logits to get masks. It carries its normalisation as buffers, because
+    BatchNorm statistics only mean something under the normalisation used in training.
 
 Paper
     The networks of DFSS are not public. `deeplabv3_mobilenet_v2` follows the student that DFAD
@@ -14,22 +13,25 @@ Symbols
     B images, K classes, H W pixels of an image, h w of the logits.
 
 Use it
-    from models import build_model, freeze, wrap
+    from models import IMAGENET_MEAN, IMAGENET_STD, build_model, freeze, wrap
     teacher = freeze(build_model("deeplabv3_resnet50", 21, weights="DEFAULT"))
     logits = teacher(images)                            # (B, 3, H, W) in [0, 1] -> (B, K, h, w)
-    mine = wrap(my_network, num_classes=21)             # takes RGB in [0, 1]; else say mean and std
+    mine = wrap(network, mean=IMAGENET_MEAN, std=IMAGENET_STD, multiple=32)
 
 Run it
     python models.py            (CPU, seconds: the names, parameters and multiply-adds)
 """
 
 import types
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import get_model_weights
+from torchvision.models.segmentation import FCN, LRASPP, DeepLabV3
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -45,17 +47,6 @@ def conv_bn(c_in, c_out, kernel=3, stride=1, act=True):
     return nn.Sequential(*layers, nn.ReLU(inplace=True)) if act else nn.Sequential(*layers)
 
 
-class HalfSize(nn.Module):
-    """nn.AvgPool2d(2, ceil_mode=True), which torch 2.11 exports for some image sizes only."""
-
-    def forward(self, x):
-        if not torch.compiler.is_exporting():
-            return F.avg_pool2d(x, 2, ceil_mode=True)
-        x = F.pad(x, (0, 1, 0, 1), mode="replicate")
-        x = x[..., :-1:2, :] + x[..., 1::2, :]
-        return (x[..., :-1:2] + x[..., 1::2]) / 4
-
-
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut: (B, c_in, H, W) -> (B, c_out, H/stride, W/stride)."""
 
@@ -65,7 +56,7 @@ class ResidualBlock(nn.Module):
         # The shortcut averages before its 1x1 convolution (ResNet-D): a strided one would look at
         # a quarter of the pixels only.
         self.shortcut = nn.Identity() if c_in == c_out and stride == 1 else nn.Sequential(
-            HalfSize() if stride == 2 else nn.Identity(), conv_bn(c_in, c_out, 1, act=False))
+            nn.AvgPool2d(stride, ceil_mode=True), conv_bn(c_in, c_out, 1, act=False))
 
     def forward(self, x):
         return F.relu(self.body(x) + self.shortcut(x))
@@ -99,23 +90,18 @@ class SmallResNet(nn.Module):
         return self.head(self.smooth(y))
 
 
-class MobileNetV2Features(nn.Module):
-    """MobileNetV2 up to its 320 channels at stride 16: (B, 3, H, W) -> (B, 320, H/16, W/16).
+def mobilenet_v2_features(weights):
+    """Return MobileNetV2 up to its 320 channels: (B, 3, H, W) -> (B, 320, H/16, W/16).
 
     As usual for DeepLab, the last stride becomes a dilation; the block that had it keeps none.
     """
-
-    def __init__(self, weights):
-        super().__init__()
-        self.features = torchvision.models.mobilenet_v2(weights=weights).features[:-1]
-        for i, block in enumerate(self.features[14:]):      # block 14 would go from 16 to 32
-            depthwise = block.conv[1][0]                    # 3x3
-            depthwise.stride = (1, 1)
-            if i:
-                depthwise.dilation = depthwise.padding = (2, 2)
-
-    def forward(self, x):
-        return self.features(x)
+    features = torchvision.models.mobilenet_v2(weights=weights).features[:-1]
+    for i, block in enumerate(features[14:]):                   # block 14 would go from 16 to 32
+        depthwise = block.conv[1][0]                            # 3x3
+        depthwise.stride = (1, 1)
+        if i:
+            depthwise.dilation = depthwise.padding = (2, 2)
+    return nn.Sequential(OrderedDict(features=features))        # the name in checkpoints
 
 
 class AtOwnStride(nn.Module):
@@ -124,7 +110,7 @@ class AtOwnStride(nn.Module):
     def __init__(self, net):
         super().__init__()
         self.backbone, self.classifier = net.backbone, net.classifier
-        self.takes_all = isinstance(net, torchvision.models.segmentation.LRASPP)
+        self.takes_all = isinstance(net, LRASPP)
 
     def forward(self, x):
         features = self.backbone(x)
@@ -134,82 +120,96 @@ class AtOwnStride(nn.Module):
 class SegmentationModel(nn.Module):
     """A network with its normalisation and its name: RGB in [0, 1] -> logits at its own stride.
 
-    net: any module from normalised images to logits, `{"out": logits}` or an object with `.logits`.
-    Mean and standard deviation (3,) are buffers; image_size: (H, W) it was trained at, if known.
+    net: a module from normalised images to logits, {"out": logits} or an object with .logits. One
+    output channel z, made for a sigmoid, becomes two logits (0, z): the same probabilities.
+    mean, std: (3,) each. image_size: (H, W) it was trained at, if known. multiple: images are
+    padded to multiples of it, by repeating their right and lower edge; the logits are cropped.
     """
 
     def __init__(self, net, name, num_classes, mean=IMAGENET_MEAN, std=IMAGENET_STD,
-                 class_names=None, image_size=None):
+                 class_names=None, image_size=None, multiple=1):
         super().__init__()
-        self.net, self.name, self.num_classes = net, name, num_classes
-        self.class_names = list(class_names or (f"class {k}" for k in range(num_classes)))
-        self.image_size = image_size and tuple(image_size)
+        if not 0 <= min(mean) <= max(mean) <= 1 or not 0 < min(std) <= max(std) <= 1:
+            raise ValueError(f"mean {tuple(mean)} and std {tuple(std)} must lie in [0, 1], because "
+                             "images do; divide values for images in 0..255 by 255")
+        self.net, self.name, self.multiple = net, name, multiple
+        self.num_classes = 2 if num_classes == 1 else num_classes
+        self.class_names = list(class_names or (f"class {k}" for k in range(self.num_classes)))
+        self.image_size = tuple(image_size) if image_size else None
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
     def forward(self, images):
-        output = self.net((images - self.mean) / self.std)
-        if isinstance(output, dict):                # also transformers' outputs, which are dicts
-            logits = output.get("out", output.get("logits"))
-        else:
-            logits = getattr(output, "logits", output)
+        x, m = (images - self.mean) / self.std, self.multiple
+        H, W = x.shape[-2:]
+        right, below = (m - W % m) % m, (m - H % m) % m
+        padded = m > 1 and (torch.compiler.is_exporting() or right > 0 or below > 0)
+        if padded:
+            x = F.pad(x, (0, right, 0, below), mode="replicate")
+        output = self.net(x)
+        logits = getattr(output, "logits", output)                              # transformers
+        if isinstance(logits, dict):
+            logits = logits.get("out", logits.get("logits"))                    # torchvision
         if not isinstance(logits, torch.Tensor) or logits.dim() != 4:
             raise ValueError("a segmentation network must return logits (B, K, H, W), {'out': "
                              f"logits}} or an object with .logits; got {type(output).__name__}")
+        if padded:          # cropped at the image's size: H may be no multiple of the stride
+            logits = F.interpolate(logits, x.shape[-2:], mode="bilinear")
+            logits = F.pad(logits, (0, -right, 0, -below))     # slices would not export
+        if logits.shape[1] == 1:
+            logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
         return logits                                                            # (B, K, h, w)
 
 
-def wrap(network, num_classes=0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), class_names=None):
+def wrap(network, num_classes=0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), class_names=None,
+         image_size=None, multiple=None):
     """Return any segmentation network as a SegmentationModel; one that is one already, as it is.
 
-    network: see SegmentationModel; torchvision's lose the resizing at their end. Weights are
-    shared, not copied. mean, std: what it expects of its input; by default it takes RGB in [0, 1].
-    num_classes or class_names: needed for masks and for files, not for distilling.
+    Weights are shared, not copied; torchvision's networks lose the resizing at their end. mean,
+    std: what it expects of its input; by default it takes RGB in [0, 1]. num_classes: needed for
+    masks, not for distilling. The rest defaults to the network's attributes of the same names.
     """
     if isinstance(network, SegmentationModel):
         return network
-    family = torchvision.models.segmentation
-    if isinstance(network, family.DeepLabV3 | family.FCN | family.LRASPP):
-        network = AtOwnStride(network)
-    return SegmentationModel(network, type(network).__name__, num_classes or len(class_names or ()),
-                             mean, std, class_names)
+    class_names = class_names or getattr(network, "class_names", ())
+    net = AtOwnStride(network) if isinstance(network, DeepLabV3 | FCN | LRASPP) else network
+    return SegmentationModel(net, type(network).__name__, num_classes or len(class_names), mean,
+                             std, class_names, image_size or getattr(network, "image_size", None),
+                             multiple or getattr(network, "multiple", 1))
 
 
 def build_model(name, num_classes=None, weights=None, weights_backbone=None, **more):
     """Return a SegmentationModel, randomly initialised unless weights are asked for.
 
-    name: one of MODELS. num_classes: K; with `weights` it may be left out and must agree.
-    weights: "DEFAULT" or another name of torchvision's published segmentation weights; its classes
-    and normalisation come from their metadata. weights_backbone: the same for an ImageNet
-    backbone. Both download. more: mean, std, class_names, image_size of the SegmentationModel.
-    Raises ValueError for what does not fit together.
+    name: one of MODELS. num_classes: K. weights: "DEFAULT" for torchvision's published segmentation
+    weights, with their classes and normalisation; weights_backbone: "DEFAULT" for those of an
+    ImageNet backbone. Both download. more: mean, std, class_names, image_size. Raises ValueError.
     """
     if name not in MODELS:
-        raise ValueError(f"model {name!r} is unknown; expected one of {', '.join(MODELS)}")
+        raise ValueError(f"model {name!r} is unknown; expected path/to/file.py:function or one of "
+                         f"{', '.join(MODELS)}")
     if weights is not None:
-        known = dict(torchvision.models.get_model_weights(name).__members__
-                     if name in TORCHVISION else {})
+        known = get_model_weights(name).__members__ if name in TORCHVISION else {}
         if weights not in known:
             raise ValueError(f"there are no published segmentation weights {weights!r} for {name}; "
-                             f"expected {', '.join(known) or ', '.join(TORCHVISION)}")
-        published = known[weights]
-        preset, categories = published.transforms(), published.meta["categories"]
-        if num_classes not in (None, len(categories)):
-            raise ValueError(f"{name} with weights {weights} has {len(categories)} classes, not "
-                             f"{num_classes}: {', '.join(categories)}")
-        net = AtOwnStride(torchvision.models.get_model(name, weights=published))
-        return SegmentationModel(net, name, len(categories), preset.mean, preset.std, categories)
-    if num_classes is None:
-        raise ValueError(f"{name} without published weights needs a number of classes")
+                             f"expected DEFAULT for one of {', '.join(TORCHVISION)}")
+        preset, names = known[weights].transforms(), known[weights].meta["categories"]
+        if num_classes not in (None, len(names)):
+            raise ValueError(f"{name} with weights {weights} has {len(names)} classes, not "
+                             f"{num_classes}: {', '.join(names)}")
+        net = AtOwnStride(torchvision.models.get_model(name, weights=known[weights]))
+        return SegmentationModel(net, name, len(names), preset.mean, preset.std, names)
     if weights_backbone is not None and name in ("resnet_small", "resnet_tiny"):
         raise ValueError(f"there are no published backbone weights for {name}")
+    if num_classes is None:
+        raise ValueError(f"{name} without published weights needs a number of classes")
 
     if name == "resnet_small":                # the CPU teacher
         net = SmallResNet(num_classes, width=32, blocks=2)
     elif name == "resnet_tiny":               # its student, about thirteen times cheaper
         net = SmallResNet(num_classes, width=12, blocks=1)
     elif name == "deeplabv3_mobilenet_v2":
-        net = nn.Sequential(MobileNetV2Features(weights_backbone), DeepLabHead(320, num_classes))
+        net = nn.Sequential(mobilenet_v2_features(weights_backbone), DeepLabHead(320, num_classes))
     else:
         net = AtOwnStride(torchvision.models.get_model(
             name, weights=None, weights_backbone=weights_backbone, num_classes=num_classes))
@@ -219,7 +219,8 @@ def build_model(name, num_classes=None, weights=None, weights_backbone=None, **m
 def freeze(model):
     """Return `model` in eval mode, without gradients, and unable to leave that mode.
 
-    Otherwise `train()` on a module that contains it would overwrite its statistics.
+    Otherwise `train()` on a module that contains it would overwrite its statistics. This lasts: to
+    train the network again, make a copy (copy.deepcopy) before.
     """
     model.eval().requires_grad_(False)
     for module in model.modules():

@@ -1,9 +1,8 @@
 """The data owner's side: train a teacher on labelled images, and hand over nothing but the network.
 
 Idea
-    DFSS starts from a trained network. Where none exists, this makes one: cross-entropy on random
-    crops, stochastic gradient descent, the last weights. BatchNorm's running statistics, which DFSS
-    reads, are a by-product of any such training.
+    DFSS starts from a trained network. Where none exists, this program trains one: cross-entropy on
+    random crops, SGD, the last weights. The BatchNorm statistics that DFSS reads are a by-product.
 
 Use it
     python train_teacher.py --dataset camvid --data-root DIR --model resnet_small --out runs/teacher
@@ -11,7 +10,6 @@ Use it
 """
 
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,20 +24,17 @@ from support.labelled import DATASETS, IGNORE, Labels, check_labels, labels, ope
 from support.options import Running, one_sentence, option, pick_device, pick_workers
 from support.training import Training, warmup_poly
 
-inputs, training, running = (partial(option, group=g) for g in ("inputs", "training", "running"))
-
 
 @dataclass(frozen=True)
 class Config(Labels, Running):
     eval_split: str | None = labels(None, "part to report mIoU on, if any")
-    model: str = inputs("resnet_small", "network", MODELS)
-    backbone: str = inputs("none", "pretrained, downloaded", ("none", "imagenet"))
-    image_size: tuple[int, int] | None = inputs(None, "crop size (default: the data set's)")
-    steps: int = training(2000, "number of updates")
-    batch_size: int = training(16, "images per update", min=1)
-    optimizer: str = training("sgd", "how to train", ("sgd", "adamw"))
-    lr: float = training(0.1, "highest learning rate")
-    out: str = running("runs/teacher", "folder for teacher.pt", metavar="FOLDER")
+    model: str = option("resnet_small", "network", MODELS, group="inputs")
+    backbone: str = option("none", "pretrained, downloaded", ("none", "imagenet"), group="inputs")
+    image_size: tuple[int, int] | None = option(None, "crop (default: by data set)", group="inputs")
+    steps: int = option(2000, "number of updates", min=1, group="training")
+    batch_size: int = option(16, "images per update", min=1, group="training")
+    lr: float = option(0.1, "highest learning rate", group="training")
+    out: str = option("runs/teacher", "folder for teacher.pt", group="running", metavar="FOLDER")
 
 
 def cross_entropy(logits, target):
@@ -49,23 +44,13 @@ def cross_entropy(logits, target):
     return losses.sum() / (target != IGNORE).sum().clamp_min(1)
 
 
-def open_data(cfg, split, size):
-    """Return a part of the labelled data, checked: a bad label is found before training."""
-    data = open_labelled(cfg.dataset, cfg.data_root, split, size, cfg.num_classes, cfg.download)
-    check_labels(data)
-    return data
-
-
-def train(model, data, size, cfg, out):
+def train(model, data, cfg, out):
     """Train `model` in place; return its curve [(step, mean loss), ...]."""
     # Labels at half the size: a quarter of the loss's cost, and as good (results/notes.md).
-    half = tuple(max(side // 2, 1) for side in size)
-    views = Views(data.images, size, cfg.seed, labelled=data, label_size=half)
-    if cfg.optimizer == "sgd":
-        optimizer = torch.optim.SGD(model.parameters(), cfg.lr, momentum=0.9, weight_decay=1e-4,
-                                    fused=True)
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0.01, fused=True)
+    half = tuple(max(side // 2, 1) for side in data.size)
+    views = Views(data.images, data.size, cfg.seed, labelled=data, label_size=half)
+    optimizer = torch.optim.SGD(model.parameters(), cfg.lr, momentum=0.9, weight_decay=1e-4,
+                                fused=True)
     scheduler = warmup_poly(optimizer, cfg.steps)
     run = Training(model, optimizer, scheduler, cfg, out)
     for _, images, _, target in run.batches(Batches(views, cfg.batch_size), "teacher"):
@@ -83,20 +68,22 @@ def train(model, data, size, cfg, out):
 
 def train_teacher(cfg, out):
     """Train as `cfg` says, write teacher.pt to the folder `out`; return its metrics."""
-    device = pick_device(cfg.device)
     size = cfg.image_size or DATASETS[cfg.dataset][1]
-    data = open_data(cfg, cfg.split, size)
-    held_out = open_data(cfg, cfg.eval_split, size) if cfg.eval_split else None
-    if held_out and set(held_out.images) & set(data.images):
+    parts = [open_labelled(cfg.dataset, cfg.data_root, split, size, cfg.num_classes, cfg.download)
+             for split in (cfg.split, cfg.eval_split) if split]
+    for data in parts:
+        check_labels(data)                         # a bad label is found before training
+    data, held_out = parts[0], parts[-1]
+    if cfg.eval_split and set(data.images) & set(held_out.images):
         raise ValueError("--split and --eval-split share images; name parts that do not")
     torch.manual_seed(cfg.seed)
     model = build_model(cfg.model, len(data.class_names), class_names=data.class_names,
                         weights_backbone="DEFAULT" if cfg.backbone == "imagenet" else None,
-                        image_size=size).to(device)
-    curve = train(model, data, size, cfg, out)
-    metrics = {"images": len(data), "updates": cfg.steps, "loss": curve[-1][1] if curve else None}
-    if held_out:
-        loader = DataLoader(held_out, num_workers=pick_workers(cfg.workers, device))
+                        image_size=size).to(pick_device(cfg.device))
+    curve = train(model, data, cfg, out)
+    metrics = {"images": len(data), "updates": cfg.steps, "loss": curve[-1][1]}
+    if cfg.eval_split:
+        loader = DataLoader(held_out, num_workers=pick_workers(cfg.workers, model.mean.device))
         result = evaluate(model, loader, model.num_classes)
         print(report({"teacher": result}, data.class_names))
         metrics["miou"] = result["miou"]
@@ -108,10 +95,7 @@ def train_teacher(cfg, out):
 
 
 def builtin_teacher(size=None, device="auto", amp="auto"):
-    """Return (folder of the drawn scenes, teacher.pt); draw and train what is missing.
-
-    The teacher is kept under a name that depends on its config, and used again.
-    """
+    """Return (folder of the drawn scenes, teacher.pt); what is missing is drawn and trained."""
     size = size or DATASETS["scenes"][1]
     root = f"runs/scenes-{size[0]}x{size[1]}"
     scenes.write_scenes(root, size=size)

@@ -1,146 +1,131 @@
-"""Images made without a pool, to compare with: DeepInversion and DFAD.
+"""Other ways to select photos, to compare with: mean entropy, k-centre, and herding.
 
 Idea
-    Without photographs, images must be made up: optimised until the teacher finds its own
-    statistics in them (`deepinversion`), or by a generator that plays against the student (`dfad`).
+    ADS scores each photo alone. Active learning would rather take the photos that the teacher is
+    least sure of (entropy) or that cover the pool (k-centre). Herding minimises the same distance
+    as ADS, but for the selected set as a whole.
 
 Equation
-    deepinversion  0.01 (d(batch) + 9 d_1(batch)) + entropy + 1e-4 TV + 1e-5 ||x||,  d as in
-                   bn_stats.py ("l2"), of the statistics of a whole batch; d_1 its first layer
-    entropy        mean over pixels of - sum over classes of p log p
-    dfad           student: mean |t - s| over logits; generator: -log(mean |t - s| + 1)
+    entropy   the largest  H(x) = - mean over pixels of sum over k of p_k ln p_k
+    k-centre  next = argmax over i of (min over j in S of || f_i - f_j ||);  the first is the image
+              nearest to the mean of all f
+    herding   next = argmin over i of d(S + {i}),  d as in bn_stats.py, of the statistics of all
+              pixels of the set: mean over S of mu, and mean over S of (var + mu^2) minus its square
 
 Paper
-    DeepInversion (Yin et al., CVPR 2020). Its images have a class label, a scene has not: in the
-    label's place stands the teacher's entropy, so that each pixel shall be of some class. Classes
-    drawn for the cells of a grid were tried: more classes appear, but the student learned no better
-    (one seed, 25 images).
-    DFAD (Fang et al., arXiv 1912.11006): losses, 5 student updates to 1 of the generator, SGD 0.1,
-    Adam 0.001 and a DCGAN; batch 64 and 75,000 updates there. Ours: the two rates warm up and fall
-    as in support/training.py, and the colours are standardised before tanh.
+    k-centre: Sener & Savarese, arXiv 1708.00489. Herding: Welling, ICML 2009, there with a linear
+    distance. That f is the spatial mean of what enters the last BatchNorm layer is ours.
 
 Symbols
-    B images, C channels, K classes, H W pixels, h w of the logits.
+    B images of a batch, n readable images, C channels, K classes, H W pixels, h w of the logits.
+    S the selected images; mu, var (n, C): spatial mean and variance of what enters a layer.
 
 Use it
-    from experiments.baselines import deepinversion
-    images = deepinversion(teacher, torch.rand(25, 3, 96, 128), steps=60)
-    (experiments/generators.py writes folders of such images, and runs dfad.)
+    python -m experiments.baselines --method herding --teacher T.pt --pool photos \\
+                                    --dataset camvid --data-root CamVid --out runs/herding
+    python distill.py --teacher T.pt --pool runs/herding/chosen.csv --dataset camvid \\
+                      --data-root CamVid --budget 0 --schedule uniform
 """
 
-import math
-from functools import partial
-from itertools import pairwise
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch.utils.data import DataLoader
 
-from bn_stats import bn_distance, bn_layers, capture_bn_inputs
+from ads_sampler import sample
+from bn_stats import bn_distance, bn_layers, capture_bn_inputs, select_layers
+from support import command, records
+from support.data import open_pool
+from support.images import as_input
+from support.options import one_sentence, option, pick_workers
 from support.progress import progress
-from support.training import OPTIMISERS, learning_rate
-
-NZ = 256                    # numbers that DFAD's generator makes an image from
 
 
-def entropy(logits):
-    """Return how unsure a teacher is, averaged over images and pixels: (B, K, h, w) -> scalar."""
-    log_p = logits.log_softmax(dim=1)
-    return -(log_p.exp() * log_p).sum(dim=1).mean()
+def mean_entropy(logits):
+    """Return the entropy of the class probabilities, averaged over pixels: (B, K, h, w) -> (B,)."""
+    log_p = logits.float().log_softmax(dim=1)                                  # (B, K, h, w)
+    return -(log_p.exp() * log_p).sum(dim=1).mean(dim=(1, 2))
 
 
-def update(optimiser, lr, loss, inputs=None):
-    """Take one step down the gradient of a loss, at this learning rate."""
-    for group in optimiser.param_groups:
-        group["lr"] = lr
-    optimiser.zero_grad()
-    loss.backward(inputs=inputs)
-    optimiser.step()
+def k_centre(features, budget):
+    """Return the indices of images that cover the pool: (n, C) -> (budget,)."""
+    selected = [(features - features.mean(dim=0)).norm(dim=1).argmin().item()]
+    distance = torch.full_like(features[:, 0], torch.inf)           # to the nearest in S, (n,)
+    while len(selected) < budget:
+        newest = selected[-1]
+        distance = distance.minimum((features - features[newest]).norm(dim=1))
+        distance[newest] = -1                                       # never twice
+        selected.append(distance.argmax().item())
+    return torch.tensor(selected)
 
 
-def batch_statistics(captured):
-    """Return mean and biased variance over images and pixels: {name: (B, C) twice -> (1, C) twice}.
+def herding(captured, layers, budget, metric="l2"):
+    """Return the indices of images whose statistics as a set come near the running ones: (budget,).
 
-    Exact, because all images have the same number of pixels: the variance of a batch is the mean
-    variance within its images plus the variance between their means.
+    captured: {layer: (2, n, C), mean and variance of each image}. layers: {layer: module}.
     """
-    return {name: (mean.mean(dim=0, keepdim=True),
-                   var.mean(dim=0, keepdim=True) + mean.var(dim=0, correction=0, keepdim=True))
-            for name, (mean, var) in captured.items()}
+    moments = {name: torch.stack([mean, var + mean.square()]).double()         # E f, E f^2
+               for name, (mean, var) in captured.items()}
+    sums = {name: torch.zeros_like(m[:, :1]) for name, m in moments.items()}   # over S, (2, 1, C)
+    selected = []
+    while len(selected) < budget:
+        candidates = {}                                             # the statistics of S + {i}
+        for name in moments:
+            mean, square = (sums[name] + moments[name]) / (len(selected) + 1)             # (n, C)
+            candidates[name] = mean, square - mean.square()
+        distance = bn_distance(candidates, layers, metric).sum(dim=1)                     # (n,)
+        distance[selected] = torch.inf
+        selected.append(distance.argmin().item())
+        for name in moments:
+            sums[name] += moments[name][:, selected[-1:]]
+    return torch.tensor(selected)
 
 
-def bn_loss(captured, layers):
-    """Return how far a batch as a whole is from the running statistics, first layer x10: scalar."""
-    d = bn_distance(batch_statistics(captured), layers)[0]                        # (L,)
-    return d.sum() + 9 * d[0]
+@torch.no_grad()
+def read_pool(teacher, layers, loader):
+    """Return (indices (n,), entropies (n,), {layer: (2, n, C)}) of the n images that can be read.
 
-
-def deepinversion(teacher, images, steps):
-    """Return images (B, 3, H, W) in [0, 1] changed to match the teacher's statistics as a batch."""
-    layers, (H, W) = bn_layers(teacher), images.shape[-2:]
-    images = images.clone().requires_grad_()
-    optimiser = torch.optim.Adam([images])
-    for step in progress(range(steps), "inverting"):
-        # No pixel may learn its place by heart: shift by up to an eighth, and flip half the time.
-        dy, dx = ((torch.rand(2) - 0.5) * torch.tensor([H, W]) / 4).round().int().tolist()
-        x = images.roll((dy, dx), (2, 3))
-        x = x.flip(3) if torch.rand(()) < 0.5 else x
+    loader: of (indices (B,), images (B, 3, H, W), readable (B,)). The last: as in `herding`.
+    """
+    indices, entropies, rows = [], [], {}
+    for index, images, readable in progress(loader, "reading the pool"):
         with capture_bn_inputs(teacher, layers) as captured:
-            logits = teacher(x)
-        x = (x - teacher.mean) / teacher.std
-        loss = 0.01 * bn_loss(captured, layers) + entropy(logits)
-        loss = loss + 1e-4 * (x.diff(dim=2).norm() + x.diff(dim=3).norm()) + 1e-5 * x.norm()
-        update(optimiser, 0.05 * (1 - step / steps), loss)
-        images.data.clamp_(0, 1)
-    return images.detach()
+            logits = teacher(as_input(images, teacher.mean.device))            # (B, K, h, w)
+        indices.append(index[readable])
+        entropies.append(mean_entropy(logits)[readable])
+        for name, statistics in captured.items():
+            rows.setdefault(name, []).append(torch.stack(statistics)[:, readable])
+    captured = {name: torch.cat(parts, dim=1) for name, parts in rows.items()}
+    return torch.cat(indices), torch.cat(entropies), captured
 
 
-def new_generator(size, width=64):
-    """Return a DCGAN from noise (B, NZ, 1, 1) to images in [-1, 1], (B, 3, H, W)."""
-    channels, layers = [NZ, 8 * width, 4 * width, 2 * width, width], []
-    for i, (c_in, c_out) in enumerate(pairwise(channels)):
-        # First to 1/16 of the size, rounded up; then three times, and below once more, doubled.
-        kernel = (4, 2, 1) if i else ((-(-size[0] // 16), -(-size[1] // 16)),)
-        layers += [nn.ConvTranspose2d(c_in, c_out, *kernel, bias=False), nn.BatchNorm2d(c_out),
-                   nn.LeakyReLU(0.2)]
-    return nn.Sequential(*layers, nn.ConvTranspose2d(width, 3, 4, 2, 1),
-                         nn.Upsample(size, mode="bilinear"), nn.BatchNorm2d(3, affine=False),
-                         nn.Tanh())
+@dataclass(frozen=True)
+class Config(command.Inputs):
+    method: str = option("entropy", "how to select", ("entropy", "k-centre", "herding"))
+    budget: int = option(400, "pool images to select", min=1)
 
 
-def dfad(teacher, student, generator, steps, batch_size=16, lr=0.1, amp=None):
-    """Train student and generator in place; return [(update, the student's L1 loss), ...].
+def select(cfg, out):
+    """Select images as `cfg` says and write out/chosen.csv, which distill.py takes as --pool."""
+    teacher, files, _ = command.open_inputs(cfg, out)
+    pool = open_pool(files, teacher, teacher.image_size, cfg.match_colours)
+    layers = select_layers(bn_layers(teacher), cfg.layers)
+    loader = DataLoader(pool, 16, num_workers=pick_workers(cfg.workers, teacher.mean.device))
+    indices, entropies, captured = read_pool(teacher, layers, loader)
+    selected = sample(-entropies, cfg.budget)
+    if cfg.method == "k-centre":
+        selected = k_centre([mean for mean, _ in captured.values()][-1], cfg.budget)
+    elif cfg.method == "herding":
+        selected = herding(captured, layers, cfg.budget, cfg.metric)
+    chosen = [files[i] for i in indices[selected.cpu()].tolist()]
+    records.write_csv(out / "chosen.csv", ("file",), [[file] for file in chosen])
+    print(f"{cfg.method}: {len(chosen)} of {len(indices)} images, listed in {out / 'chosen.csv'}")
 
-    The student imitates the teacher on what the generator makes, the generator looks for images on
-    which they differ. Both have logits of one stride. lr: the student's highest learning rate; amp:
-    autocast dtype or None. Raises ValueError when the loss is not finite.
-    """
-    device = next(student.parameters()).device
-    mixed = partial(torch.autocast, device.type, amp or torch.bfloat16, enabled=amp is not None)
-    learn = OPTIMISERS["sgd"](student.parameters(), lr)
-    seek, curve = torch.optim.Adam(generator.parameters()), []
 
-    def imagine():
-        with mixed():
-            noise = torch.randn(batch_size, NZ, 1, 1, device=device)
-            return (generator(noise).float() + 1) / 2
+def main(argv=None):
+    """Select photos from the command line."""
+    return records.in_folder(select, Config, argv, __doc__.split("\n")[0])
 
-    def gap(images):
-        with mixed():
-            output, target = student(images), teacher(images)
-        return F.l1_loss(output.float(), target.float())
 
-    student.train()
-    for step in progress(range(steps), "dfad"):
-        with torch.no_grad():
-            images = imagine()
-        loss = gap(images)
-        update(learn, learning_rate(step, steps, lr), loss)
-        if step % 5 == 4:
-            update(seek, learning_rate(step, steps, 1e-3), -(gap(imagine()) + 1).log(),
-                   list(generator.parameters()))           # not the student's
-            curve.append((step + 1, loss.item()))
-            if not math.isfinite(curve[-1][1]):
-                raise ValueError(f"the loss is {curve[-1][1]} by update {step + 1}; lower --lr")
-    student.eval()
-    return curve
+if __name__ == "__main__":
+    one_sentence(main)()

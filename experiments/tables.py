@@ -1,15 +1,18 @@
-"""What a record says: its table, the paired test over teachers, its figure.
+"""What records say: a table of rows, a comparison over several teachers, a figure.
 
 Idea
-    A record holds every run of a table, with its seed. Rows are compared seed by seed, as these
-    share the student's initialisation and every crop; teachers are compared record by record. A
-    row "name, 50 files, 600 updates" belongs to a series and is compared with rows of its size.
+    A record holds every run of a table with its seed. Two rows are compared seed by seed, because
+    runs of one seed share the student's initialisation and every crop. Teachers are compared
+    record by record: each counts once, with the mean over its seeds. A ± is always half of a 95 %
+    interval (Student's t), over seeds in a table of one record, over teachers in the last line of
+    several.
 
 Use it
-    record = read("results/scenes.json")
-    print(table(record))
-    print(teachers(["results/headline.json", "results/headline_teacher2.json"]))
-    draw(record, "scenes.png")
+    from experiments.tables import by_row, interval, read, table, teachers, values
+    rows = by_row(read("results/camvid_seed0.json"))
+    print(interval(values(rows, "recipe - nearest (ADS)")))            # points of mIoU, per seed
+    print(table(read("results/scenes.json")))
+    print(teachers(["results/camvid_seed0.json", "results/camvid_seed1.json"]))
 """
 
 import json
@@ -19,17 +22,18 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
 from support import figures
 
 # Two-sided 95 % quantiles of Student's t for n values (n - 1 degrees of freedom).
 T95 = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), 2))
 NEAREST, ORIGINAL = "nearest (ADS)", "original images"
+TEACHERS = ("random", NEAREST, "recipe", ORIGINAL, f"{NEAREST} - random", f"recipe - {NEAREST}",
+            f"{NEAREST} / {ORIGINAL}", f"recipe / {ORIGINAL}")
 
 
 def read(*paths):
-    """Return one record with the runs of all these files."""
+    """Return one record with the runs of all these JSON files."""
     records = [json.loads(Path(path).read_text()) for path in paths]
     return {**records[0], "runs": [run for record in records for run in record["runs"]]}
 
@@ -42,140 +46,131 @@ def by_row(record):
     return rows
 
 
-def parts(row):
-    """Return ("name", "50 files, 600 updates") of a row of a series, (row, "") of another one."""
+def split_name(row):
+    """Return ("name", "50 files, 600 updates") of a row of a series, (row, "") of any other row."""
     name, sizes = re.fullmatch(r"(.+?)((?:, (?:\d+|all) (?:files|updates))*)", row).groups()
     return name, sizes.removeprefix(", ")
 
 
-def beside(row, rows, name):
-    """Return the runs of the row of this name and of the same size, or of no size; else none."""
-    return rows.get(f"{name}, {parts(row)[1]}") or rows.get(name, {})
+def matching_row(row, rows, name):
+    """Return the row of this name that has the same size as `row`, or no size; None without one."""
+    return next((x for x in (f"{name}, {split_name(row)[1]}", name) if x in rows), None)
 
 
-# ---------------------------------------------------------------- numbers, one for each seed
+def values(rows, expression, key="student_miou"):
+    """Return one number per seed of "row" (%), "row - other" (points) or "row / other" (%).
 
-def percent(runs, key="student_miou"):
-    """Return this result of each run in %, of those that have it."""
-    return [100 * run[key] for run in runs.values() if key in run]
-
-
-def paired(runs, others):
-    """Return the mIoU in % of two rows for each seed that both have: a list of pairs."""
-    return [(100 * run["student_miou"], 100 * others[seed]["student_miou"])
-            for seed, run in runs.items() if seed in others]
-
-
-def gain(runs, others):
-    """Return the differences of paired seeds, in points of mIoU."""
-    return [a - b for a, b in paired(runs, others)]
-
-
-def kept(runs, originals):
-    """Return what is kept of the result of the original images, in %, for each paired seed."""
-    return [100 * a / b for a, b in paired(runs, originals)]
-
-
-def trained(runs):
-    """Return the processor seconds of distillation, and of making the pool where it is made up.
-
-    Scoring is left out: it costs nothing where an earlier run has kept the scores.
+    "recipe / original images" is the retention. Raises ValueError if a row is missing.
     """
-    spent = [run["processor_seconds"] for run in runs.values() if run.get("processor_seconds")]
-    return [stages["distillation"] + stages.get("pool", 0) for stages in spent]
+    row, operator, other = re.fullmatch(r"(.+?)(?: ([-/]) (.+))?", expression).groups()
+    missing = [name for name in (row, other or row) if name not in rows]
+    if missing:
+        raise ValueError(f"no row {missing[0]!r}; the record has {', '.join(rows)}")
+    pairs = [(100 * run[key], 100 * rows[other or row][seed][key])
+             for seed, run in rows[row].items() if key in run and seed in rows[other or row]]
+    if operator is None:
+        return [a for a, _ in pairs]
+    return [a - b if operator == "-" else 100 * a / b for a, b in pairs]
 
 
-def interval(values, sign="+"):
-    """Return 'mean ± half of the 95 % interval' of two or more values, else ''."""
-    if len(values) < 2:
-        return ""
-    half = T95[len(values)] * stdev(values) / len(values) ** 0.5
-    return f"{mean(values):{sign}.1f} ± {half:.1f}"
+def cpu_seconds(runs):
+    """Return the CPU seconds of distillation, and of making the pool if its images are synthetic.
+
+    Scoring is left out: it runs once, and rows that share a distance share the cached scores.
+    """
+    stages = [run["processor_seconds"] for run in runs.values() if run.get("processor_seconds")]
+    return [spent["distillation"] + spent.get("pool", 0) for spent in stages]
+
+
+def interval(numbers, sign="+"):
+    """Return "mean ± half-width" of the 95 % interval (Student's t); one number has no interval."""
+    if len(numbers) < 2:
+        return f"{numbers[0]:{sign}.1f}"
+    half = T95[len(numbers)] * stdev(numbers) / len(numbers) ** 0.5
+    return f"{mean(numbers):{sign}.1f} ± {half:.1f}"
 
 
 # ---------------------------------------------------------------- tables
 
-def markdown(header, lines):
-    """Return lines of cells as a Markdown table without the columns that are empty."""
-    lines = [header, ["---"] * len(header), *lines]
-    columns = [column for column in zip(*lines, strict=True) if any(column[2:])]
-    return "\n".join("| " + " | ".join(line) + " |" for line in zip(*columns, strict=True))
+def markdown(header, lines, columns=""):
+    """Return lines of cells as a Markdown table, without empty columns.
 
-
-def table(record):
-    """Return the record as a Markdown table: a line per row, seeds averaged."""
-    rows, lines = by_row(record), []
-    counts = {len(runs) for runs in rows.values()}
-    seeds = f": {max(counts)}" if len(counts) == 1 else ""
-    of_size = " of its size" if len({parts(row)[1] for row in rows}) > 1 else ""
-    for row, runs in rows.items():
-        first = next(others for other, others in rows.items() if parts(other)[1] == parts(row)[1])
-        second, miou = beside(row, rows, NEAREST), percent(runs)
-        more = (kept(runs, beside(row, rows, ORIGINAL)), percent(runs, "agreement_miou"),
-                trained(runs))
-        picks = Counter(next(iter(runs.values()))["picks"])
-        lines.append([
-            row if seeds else f"{row} ({len(runs)})",
-            f"{mean(miou):.1f}" + (f" ± {stdev(miou):.1f}" if len(miou) > 1 else ""),
-            interval(gain(runs, first)) if runs is not first else "",
-            interval(gain(runs, second)) if second not in (runs, first) else "",
-            *(f"{mean(values):.0f}" if values else "" for values in more),
-            ", ".join(f"{kind} {n}" for kind, n in picks.most_common(5))])
-    return markdown([f"row (seeds{seeds})", "mIoU %",
-                     f"difference to the first row{of_size}, 95 % interval", f"to {NEAREST}",
-                     "of original, %", "agreement, %", "processor s", "chosen"], lines)
-
-
-def teachers(paths):
-    """Return a table of records of the headline, each with another teacher, and of their mean.
-
-    Its intervals are over teachers, each of which counts as one, with the mean over its seeds.
+    `columns` is a regular expression. It selects columns by title; the first one is always shown.
     """
-    names, signs, points, lines = ("random", NEAREST, "recipe", ORIGINAL), "++--", [], []
+    first, *others = zip(header, ["---"] * len(header), *lines, strict=True)
+    shown = [first, *(x for x in others if any(x[2:]) and re.search(columns, x[0]))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in zip(*shown, strict=True))
+
+
+def table(record, pattern="", columns=""):
+    """Return a Markdown table with one line per row, averaged over seeds.
+
+    `pattern` and `columns` are regular expressions: only rows and columns that match are shown.
+    """
+    rows, lines = by_row(record), []
+    shown = [row for row in rows if re.search(pattern, row)]
+    for row in shown:
+        first = next(other for other in shown if split_name(other)[1] == split_name(row)[1])
+        original = matching_row(row, rows, ORIGINAL)
+        miou, run = values(rows, row), next(iter(rows[row].values()))
+        averages = (values(rows, f"{row} / {original}") if original else [],
+                    values(rows, row, "agreement_miou"), cpu_seconds(rows[row]))
+        selected = Counter(run.get("selected", run.get("picks"))).most_common(5)
+        lines.append([
+            f"{row} ({len(miou)})",
+            interval(miou, ""),
+            interval(values(rows, f"{row} - {first}")) if row != first else "",
+            *(f"{mean(numbers):.0f}" if numbers else "" for numbers in averages),
+            ", ".join(f"{kind} {count}" for kind, count in selected)])
+    of_size = " of its size" if len({split_name(row)[1] for row in shown}) > 1 else ""
+    header = ["row (seeds)", "mIoU, %", f"minus the first row{of_size}", "retention, %",
+              "agreement, %", "CPU s", "selected"]
+    return markdown(header, lines, columns)
+
+
+def teachers(paths, expressions=TEACHERS, transposed=False):
+    """Return a Markdown table with one line per record, each of another teacher, and their mean.
+
+    An expression is as in `values`, optionally after a title: "gain = recipe - random". Intervals
+    of a record are over its seeds. Those of the last line are over teachers.
+    """
     if not 2 <= len(paths) <= max(T95):
-        raise ValueError(f"--teachers takes 2 to {max(T95)} records; got {len(paths)}")
-    for path in paths:
-        rows = by_row(read(path))
-        missing = [name for name in names if name not in rows]
-        if missing:
-            raise ValueError(f"{path} has no row {missing[0]}; expected a record of --preset "
-                             "headline")
-        random, nearest, recipe, original = runs = [rows[name] for name in names]
-        points.append([mean(values) for values in (
-            gain(nearest, random), gain(recipe, nearest), kept(nearest, original),
-            kept(recipe, original))])
-        lines.append([f"{Path(path).stem} ({len(nearest)})",
-                      *(f"{mean(percent(x)):.1f}" for x in runs),
-                      *(f"{x:{sign}.1f}" for x, sign in zip(points[-1], signs, strict=True))])
-    means = [interval(x, sign) for x, sign in zip(zip(*points, strict=True), signs, strict=True)]
-    lines.append([f"mean of {len(paths)}, 95 % interval", "", "", "", "", *means])
-    return markdown(["teacher (seeds)", *names, "nearest - random", "recipe - nearest",
-                     "nearest, of original, %", "recipe, of original, %"], lines)
+        raise ValueError(f"expected 2 to {max(T95)} records, one per teacher; got {len(paths)}")
+    titles = [text.split(" = ")[0] for text in expressions]
+    formulas = [text.split(" = ")[-1] for text in expressions]
+    signs = ["+" if " - " in formula else "" for formula in formulas]
+    numbers = [[values(by_row(read(path)), formula) for formula in formulas] for path in paths]
+    lines = [["teacher (seeds)", *titles]]
+    for path, cells in zip(paths, numbers, strict=True):
+        seeds = min(len(cell) for cell in cells)
+        lines.append([f"{Path(path).stem} ({seeds})", *map(interval, cells, signs)])
+    means = [[mean(cell) for cell in column] for column in zip(*numbers, strict=True)]
+    lines.append([f"mean of {len(paths)} teachers", *map(interval, means, signs)])
+    header, *lines = zip(*lines, strict=True) if transposed else lines
+    return markdown(header, lines)
 
 
 # ---------------------------------------------------------------- figure
 
 def draw(record, path):
-    """Write a figure: what each row keeps of the original images' result, over processor seconds.
+    """Write a figure: retention of each row over CPU seconds. Rows of one series form a line.
 
-    Rows that differ in their sizes alone are one line. Raises ValueError if the record lacks these.
+    Raises ValueError if no row has both.
     """
     rows, lines = by_row(record), {}
     for row, runs in rows.items():
-        x, y = trained(runs), kept(runs, beside(row, rows, ORIGINAL))
-        if x and y:
-            lines.setdefault(parts(row)[0], []).append((mean(x), mean(y)))
+        original, seconds = matching_row(row, rows, ORIGINAL), cpu_seconds(runs)
+        if original and seconds:
+            retention = mean(values(rows, f"{row} / {original}"))
+            lines.setdefault(split_name(row)[0], []).append((mean(seconds), retention))
     if not lines:
-        raise ValueError("the record has no row 'original images', or no processor seconds, to "
-                         "draw; add a record that has")
+        raise ValueError("the record has no row 'original images', or no CPU seconds, to draw; "
+                         "add a record that has")
     figure = Figure(figsize=(7, 3.8), layout="constrained")
     ax = figure.subplots()
     for name, points in lines.items():
         ax.plot(*zip(*points, strict=True), "o-", label=name)
-    ax.set(xscale="log", xlabel="processor seconds of training, and of making images",
-           ylabel="kept, %")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter("{x:.0f}")
-    ax.minorticks_off()
+    ax.set(xscale="log", xlabel="CPU seconds of training, and of making synthetic images",
+           ylabel="retention, %")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    figures.write(figure, path)
+    figures.save_png(figure, path)

@@ -1,32 +1,37 @@
-"""Files that are never half written, and checkpoints that cannot run code.
+"""Checkpoints that cannot run code, and files that are never half written.
 
 Idea
-    Write under a temporary name, then rename: whoever looks sees the old file or the new one. Load
-    with `weights_only=True`: tensors and plain values, no pickled code.
+    Loading uses `weights_only=True`: tensors and plain values, no pickled code. Files are written
+    under a temporary name and then renamed, so that a reader sees the old file or the new one.
 
 Use it
     from support.checkpoint import load_model, save_model
     save_model(model, "student.pt")
     model = load_model("student.pt")
+    theirs = load_model("weights.pth", "deeplabv3_resnet50")     # a state dict of somebody else
 """
 
+import argparse
 import hashlib
 import io
 import json
 import os
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from models import build_model
+from models import MODELS, build_model
+from support import networks
+from support.labelled import read_class_names
 
 FORMAT = "dfss-1"
 
 
 @contextmanager
 def atomic(path):
-    """Yield a temporary path beside `path`; rename it if the body succeeds, else delete it."""
+    """Yield a temporary path next to `path`; rename it if the body succeeds, else delete it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.{hash(path.name):x}")     # short, whatever the name
@@ -34,8 +39,8 @@ def atomic(path):
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(f"could not write {path}: {error.strerror or error}; free some space, or "
-                      "see who may write there; what was there is intact") from error
+        raise OSError(f"could not write {path}: {error.strerror or error}; free some space or "
+                      "choose another folder; what was there is intact") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -57,40 +62,72 @@ def save_json(value, path):
 
 
 def load(path):
-    """Return what `save` wrote, on the CPU. Raises FileNotFoundError, or ValueError if unsafe."""
-    if not Path(path).is_file():
+    """Return the tensors and plain values of a .pt, .pth or .safetensors file, on the CPU.
+
+    Raises FileNotFoundError, or ValueError that says what the file is instead.
+    """
+    if not Path(path).exists():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file          # an optional package
+            return load_file(path)
+        # torchvision's training script saves its options as well: a Namespace of plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                 # the unpickler raises nearly anything on bad input
-        raise ValueError(f"{path} is damaged or not a checkpoint of tensors and plain values "
-                         "(nothing in it was run); make it anew, or name another file") from error
+        parts = str(zipfile.ZipFile(path).namelist()) if zipfile.is_zipfile(path) else ""
+        kind = ("is a folder" if Path(path).is_dir() else
+                "needs the package safetensors" if isinstance(error, ImportError) else
+                "is a TorchScript program" if "/constants.pkl" in parts else
+                "is an exported program" if "/archive_format" in parts else
+                "is damaged, or holds more than tensors and plain values, such as a whole network")
+        raise ValueError(f"{path} {kind} (nothing in it was run); expected a student.pt, a "
+                         "teacher.pt or a state dict") from error
 
 
 def save_model(model, path):
-    """Write a SegmentationModel with all it takes to build it again."""
+    """Write a SegmentationModel with all it takes to build it again; else ValueError."""
+    if model.name not in MODELS and ":" not in model.name:
+        raise ValueError(f"{model.name} cannot be built again from a checkpoint; give it as "
+                         "path/to/file.py:function, or save its state_dict() yourself")
     save({"format": FORMAT, "model": model.name, "num_classes": model.num_classes,
           "class_names": model.class_names, "image_size": model.image_size,
-          "mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist(),
           "state_dict": model.state_dict()}, path)
 
 
-def load_model(path, name=None, num_classes=None):
-    """Return the SegmentationModel in a file, in eval mode. ValueError says what does not match.
+def load_model(path, model=None, num_classes=None, class_names=None):
+    """Return the SegmentationModel in a file, in eval mode.
 
-    name, num_classes: what the caller expects, if anything.
+    path: a file of `save_model`, or a state dict as others save it; None if `model` is a Python
+    file whose network has its weights. model: one of models.MODELS, or path/to/file.py:function.
+    A state dict needs it. So does a checkpoint of a Python file's network: that file is only run if
+    `model` names it. num_classes: the number expected, if any. class_names: by default what the
+    checkpoint says, or the classes.txt next to a state dict, with one name per line.
+    Raises FileNotFoundError, or ValueError that says what does not fit.
     """
+    if path is None:
+        if ":" not in (model or ""):
+            raise ValueError("name a checkpoint, or a network with its weights: file.py:function")
+        return networks.load_network(model, num_classes, class_names)
     state = load(path)
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a model of this repository (format {FORMAT!r}); networks "
-                         "of your own enter through the Python API (README)")
-    for what, expected in (("model", name), ("num_classes", num_classes)):
-        if expected not in (None, state[what]):
-            raise ValueError(f"{path} holds {what} {state[what]}, but {expected} was asked for")
-    model = build_model(state["model"], state["num_classes"], **{
-        key: state[key] for key in ("mean", "std", "class_names", "image_size")})
-    model.load_state_dict(state["state_dict"])
-    return model.eval()
+    saved = state["model"] if isinstance(state, dict) and state.get("format") == FORMAT else None
+    if model is None and (saved is None or ":" in saved):
+        raise ValueError(f"{path} holds {saved or 'no model of this repository'}; name its network "
+                         "as well (--model, --teacher-model): path/to/file.py:function, or one of "
+                         f"{', '.join(MODELS)}")
+    name = model or saved
+    if saved not in (None, name) and not (":" in saved and ":" in name):
+        raise ValueError(f"{path} holds model {saved}, but {name} was asked for")
+    weights = state["state_dict"] if saved else networks.find_weights(state, path)
+    network = (networks.load_file(name) if ":" in name else
+               build_model(name, networks.count_outputs(name, weights)))
+    networks.fit_weights(network if saved else network.net, weights, path)
+    if saved:
+        network.image_size, known_names = state["image_size"], state["class_names"]
+    else:
+        known_names = read_class_names(Path(path).with_name("classes.txt"))
+    return networks.with_names(network, num_classes, class_names or known_names).eval()
 
 
 def fingerprint(model):

@@ -10,7 +10,7 @@ import math
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from bn_stats import capture_bn_inputs
+from bn_stats import capture_bn_inputs, layer_eps
 from support.images import as_input
 from support.options import pick_amp
 
@@ -94,7 +94,7 @@ def mean_shift(teacher, layers, pool, indices):
             teacher(as_input(images, device))
         for name, (mean, _) in captured.items():                                 # (B, C)
             layer = layers[name]
-            s2 = layer.running_var + getattr(layer, "eps", 1e-5)
+            s2 = layer.running_var + layer_eps(layer)
             squares.append(((mean - layer.running_mean).square() / s2).mean(dim=1))     # (B,)
     return torch.cat(squares).mean().sqrt().item()
 

@@ -18,6 +18,7 @@ from support import checkpoint, figures, records
 from support.checks import describe_fit
 from support.data import Pool
 from support.images import drop_copies, find_images, hold_out
+from support.networks import load_network
 from support.labelled import DATASETS, Labels, check_labels, labels, open_labelled
 from support.options import Running, option, pick_device, pick_workers
 
@@ -30,9 +31,12 @@ class Inputs(Labels, Running):
 
     dataset: str = labels("scenes", "labels to evaluate on; none: no labels", tuple(DATASETS))
     split: str = labels("val", "part to evaluate on; 'val:A,B' keeps files that begin so")
-    teacher: str | None = inputs(None, "teacher.pt of train_teacher.py", metavar="FILE")
-    teacher_model: str | None = inputs(None, "or a torchvision network", MODELS)
-    teacher_weights: str | None = inputs(None, "with its published weights: DEFAULT")
+    teacher: str | None = inputs(None, "teacher.pt of train_teacher.py, or a state dict",
+                                 metavar="FILE")
+    teacher_model: str | None = inputs(None, "network of a state dict, or one with its weights: "
+                                       f"FILE.py:FUNCTION, or one of {', '.join(MODELS)}")
+    teacher_weights: str | None = inputs(None, "torchvision's published weights of --teacher-model:"
+                                         " DEFAULT")
     pool: str | None = inputs(None, "unlabelled photos: a folder, or a run's chosen.csv",
                               metavar="PATH")
     image_size: tuple[int, int] | None = inputs(None, "crop size (default: the teacher's)")
@@ -45,11 +49,10 @@ class Inputs(Labels, Running):
 
 def load_teacher(cfg):
     """Return the teacher that the options name, frozen, with the image size that is used."""
-    classes = cfg.num_classes or len(DATASETS[cfg.dataset][0] or ()) or None
-    if cfg.teacher:
-        model = checkpoint.load_model(cfg.teacher, cfg.teacher_model, classes)
-    elif cfg.teacher_model and cfg.teacher_weights:
-        model = build_model(cfg.teacher_model, classes, weights=cfg.teacher_weights)
+    if cfg.teacher_weights:
+        model = build_model(cfg.teacher_model, weights=cfg.teacher_weights)
+    elif cfg.teacher or cfg.teacher_model:
+        model = checkpoint.load_model(cfg.teacher, cfg.teacher_model, cfg.num_classes)
     else:
         raise ValueError("no teacher: give --teacher, or --teacher-model and --teacher-weights")
     default = DATASETS[cfg.dataset][1]
@@ -63,11 +66,12 @@ def load_teacher(cfg):
 def build_student(cfg, teacher):
     """Return the student that `cfg` names, with the teacher's classes and normalisation."""
     torch.manual_seed(cfg.seed)
-    return build_model(
+    student = load_network(
         cfg.student_model, teacher.num_classes, class_names=teacher.class_names,
         weights_backbone="DEFAULT" if cfg.student_weights == "imagenet" else None,
         mean=teacher.mean.flatten().tolist(), std=teacher.std.flatten().tolist(),
-        image_size=teacher.image_size).to(teacher.mean.device)
+        image_size=teacher.image_size)
+    return student.to(teacher.mean.device)
 
 
 def open_inputs(cfg, out=None):
@@ -142,7 +146,7 @@ def run_metrics(cfg, results, result, timer, teacher):
     miou, count = {name: r["miou"] for name, r in results.items()}, len(result["files"])
     # JSON has no NaN: the IoU of a class that is absent is null.
     iou = {name: {k: None if value != value else value for k, value in zip(
-        teacher.class_names, r["iou"].tolist(), strict=True)} for name, r in results.items()}
+        teacher.class_names, r["iou"].tolist(), strict=False)} for name, r in results.items()}
     return {
         "teacher_miou": miou.get("teacher"), "student_miou": miou.get("student"),
         "agreement_miou": miou["agreement"],

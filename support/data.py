@@ -24,7 +24,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from support.images import colour_matcher, find_images, load_image, resized_crop, to_tensor
+from support.images import (colour_matcher, find_images, load_image, resize_to_cover,
+                            resized_crop, to_tensor)
 
 MAX_SCALE, JITTER = 1.6, 0.2      # of crops; of brightness and contrast
 SOURCES = 2 ** 30                 # bytes of decoded pictures that each process keeps
@@ -99,11 +100,9 @@ class Views(Dataset):
         image = load_image(self.files[index], self.size, upright=not self.labelled)
         mask = self.labelled.mask(index) if self.labelled else None
         H, W = (round(MAX_SCALE * side) for side in self.size)
-        scale = max(H / image.height, W / image.width)
-        if scale < 1:
-            small = (round(image.width * scale), round(image.height * scale))
-            image = image.resize(small, Image.BILINEAR)
-            mask = mask.resize(small, Image.NEAREST) if mask else None
+        if image.height > H and image.width > W:
+            image = resize_to_cover(image, (H, W))
+            mask = resize_to_cover(mask, (H, W), Image.NEAREST) if mask else None
         if self.transform:
             image = self.transform(image)
         if self.bytes < SOURCES:
@@ -141,9 +140,6 @@ class Batches(Dataset):
     def __init__(self, views, batch_size, cache=None):
         self.views, self.batch_size, self.cache = views, batch_size, cache
         self.count = cache.count if cache else 2 ** 31
-
-    def __len__(self):
-        return 2 ** 31                                   # as many as anyone asks for
 
     def keys(self, t):
         """Return the (index, view) of each item of batch t."""

@@ -5,8 +5,6 @@ Use it
     pool_figure(result, size, "nearest", "pool.png")      # result: what distill.distill returned
 """
 
-import math
-
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -46,9 +44,8 @@ def legend(figure, class_names):
     # A dollar sign would start a formula.
     patches = [Patch(facecolor=np.array(c) / 255, edgecolor=GREY, label=name.replace("$", r"\$"))
                for c, name in zip(colours, [*class_names, "void"], strict=True)]
-    rows = math.ceil(len(patches) / 10)
     figure.legend(handles=patches, loc="outside lower center", fontsize=8, frameon=False,
-                  ncols=math.ceil(len(patches) / rows))
+                  ncols=min(len(patches), 10))
 
 
 def histogram(ax, scores, selected, sampling):

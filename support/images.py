@@ -11,6 +11,8 @@ import hashlib
 import math
 import os
 import warnings
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +33,10 @@ def read_csv(path):
 
 
 def walk(folder, seen):
-    """Yield the files below a folder. Links to folders are followed, but no folder twice."""
+    """Yield the files below a folder, sorted. Links to folders are followed, no folder twice."""
     if os.path.realpath(folder) not in seen:
         seen.add(os.path.realpath(folder))
-        for path in Path(folder).iterdir():
+        for path in sorted(Path(folder).iterdir()):
             if path.is_dir():
                 yield from walk(path, seen)
             else:
@@ -55,8 +57,8 @@ def find_images(folder):
         return [Path(name) for name, *_ in rows[1:]]
     if not folder or not Path(folder).is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; expected a folder of images")
-    found = sorted(path for path in walk(folder, set())
-                   if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
+    found = [path for path in walk(folder, set())
+             if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")]
     if not found:
         raise FileNotFoundError(f"no image below {folder}; expected {', '.join(IMAGE_SUFFIXES)}")
     return found
@@ -77,21 +79,13 @@ def load_image(path, at_least=None, upright=True):
                 image.draft("RGB", (2 * max(at_least), 2 * max(at_least)))
             image.load()
             if upright:
-                image = turn_upright(image)
+                with suppress(Exception):         # damaged EXIF: the pixels are fine
+                    image = ImageOps.exif_transpose(image)
             if image.mode[0] in "IF":             # convert("RGB") would clip them to white
                 raise ValueError("more than 8 bits per channel; convert it to 8")
             return image.convert("RGB")
     except Exception as error:                    # decoders raise nearly anything on bad input
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
-
-
-def turn_upright(image):
-    """Return a PIL picture with its EXIF orientation applied, or as it is if the EXIF is damaged.
-    """
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:                             # the pixels of such a file are fine
-        return image
 
 
 def resized_crop(image, size, scale=1.0, u=0.5, v=0.5, resample=Image.BILINEAR):
@@ -128,12 +122,24 @@ def as_input(images, device):
 
 # ---------------------------------------------------------------- --match-colours
 
+def recolour(image, size, mean, cov):
+    """Return a PIL picture in the colours `mean` (3,) and `cov` (3, 3), see `colours.transfer`.
+
+    size: (H, W) at which its own colours are measured, that of training: fine grain is averaged
+    away.
+    """
+    small = to_tensor(resize_to_cover(image, size)).unsqueeze(0) / 255               # (1, 3, h, w)
+    matrix = transfer(small, mean, cov)[0]                                           # (3, 4)
+    matrix[:, 3] *= 255
+    return image.convert("RGB", matrix.flatten().tolist())
+
+
 def colour_matcher(teacher, size):
     """Return a function that gives a PIL picture the colours of the teacher's training images.
 
     teacher: a network from RGB in [0, 1], in eval mode. size: (H, W) at which colours are measured.
     """
-    (name, first), *_ = bn_layers(teacher).items()
+    name, first = next(iter(bn_layers(teacher).items()))
 
     def response(images):
         with torch.no_grad(), capture_bn_inputs(teacher, {name: first}) as captured:
@@ -141,16 +147,7 @@ def colour_matcher(teacher, size):
         return captured[name][0]
 
     mean, cov = colour_target(response, first.running_mean, first.running_var, size)
-    mean, cov = mean.cpu(), cov.cpu()
-
-    def match(image):
-        # Measured at the size of training, at which fine grain is averaged away.
-        small = to_tensor(resize_to_cover(image, size)).unsqueeze(0) / 255           # (1, 3, h, w)
-        rows = transfer(small, mean, cov)[0].tolist()                                # (3, 4)
-        matrix = [value for *row, offset in rows for value in (*row, 255 * offset)]
-        return image.convert("RGB", matrix)
-
-    return match
+    return partial(recolour, size=size, mean=mean.cpu(), cov=cov.cpu())
 
 
 # ---------------------------------------------------------------- which files of a pool are used
@@ -173,10 +170,9 @@ def drop_copies(files, others):
 
     others = [path for path in others if os.path.isfile(path)]
     sizes = {os.path.getsize(path) for path in others}
-    same_size = [path for path in files if os.path.isfile(path) and os.path.getsize(path) in sizes]
-    known = {digest(path): path for path in others} if same_size else {}
-    digests = {path: digest(path) for path in same_size}
-    copies = {path: known[key] for path, key in digests.items() if key in known}
-    return ([path for path in files if path not in copies],
+    known = {digest(path): path for path in others}
+    twins = {path: known.get(digest(path)) for path in files
+             if os.path.isfile(path) and os.path.getsize(path) in sizes}
+    return ([path for path in files if not twins.get(path)],
             [f"{path}: the same image as {other}, which is evaluated on"
-             for path, other in copies.items()])
+             for path, other in twins.items() if other])

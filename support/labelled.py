@@ -2,8 +2,8 @@
 
 Idea
     A data set is two lists of files and a table from the values in its masks to classes. All five
-    are therefore one class, `Labelled`, and differ in how their files are listed. What a user may
-    get wrong (another void, train ids for label ids, a mask in RGB) is found and said, not guessed.
+    are therefore one class, `Labelled`, and differ in how their files are found. Mistakes in labels
+    (RGB masks, JPEG masks, train ids for label ids, 0 and 255 for two classes) raise an error.
 
 Symbols
     K classes, H W pixels.
@@ -14,6 +14,7 @@ Use it
     image, target = data[0]       # uint8 (3, h, w) at the scale of size, int64 (H, W) at its own
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 import torchvision
 from PIL import Image
 from torch.utils.data import Dataset
+from torchvision.datasets import Cityscapes
 from torchvision.models.segmentation import FCN_ResNet50_Weights
 
 from support import scenes
@@ -31,18 +33,17 @@ from support.options import Options, option
 from support.progress import progress
 
 IGNORE = 255
-CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car",
-          "pedestrian", "bicyclist")
-VOC = ("background", *FCN_ResNet50_Weights.DEFAULT.meta["categories"][1:])
-CITYSCAPES, CITYSCAPES_COLOURS = zip(*(
-    (c.name, c.color) for c in torchvision.datasets.Cityscapes.classes
-    if c.train_id not in (-1, 255)), strict=True)
 VOID = "void"                                            # the name of a value that is ignored
 WHITE = (255, 255, 255)                                  # its colour: no class has it
+CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car",
+          "pedestrian", "bicyclist")
 CAMVID_COLOURS = ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222),
                   (128, 128, 0), (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0),
                   (0, 128, 192))
-# For each data set its class names (None: see list_folder) and the size it is used at.
+VOC = ("background", *FCN_ResNet50_Weights.DEFAULT.meta["categories"][1:])
+CITYSCAPES, CITYSCAPES_COLOURS = zip(*((c.name, c.color) for c in Cityscapes.classes
+                                       if c.train_id not in (-1, 255)), strict=True)
+# For each data set its class names (None: see `find_pairs`) and the size it is used at.
 DATASETS = {"scenes": (scenes.CLASSES, (64, 96)), "camvid": (CAMVID, (360, 480)),
             "voc": (VOC, (512, 512)), "cityscapes": (CITYSCAPES, (512, 1024)),
             "folder": (None, (256, 256)), "none": (None, (256, 256))}
@@ -64,11 +65,12 @@ class Labelled(Dataset):
     """Item i is (whole image at working scale, uint8 (3, h, w); label at its own size, (H, W)).
 
     table: (256,) from a value in the file to a class, to IGNORE, or to -1 where it must not occur.
+    colours: {value: RGB} of palettes, as far as known; all masks with a palette must agree.
     """
 
-    def __init__(self, images, labels, table, class_names, size):
+    def __init__(self, images, labels, table, class_names, size, colours=()):
         self.images, self.labels, self.table = images, labels, table
-        self.class_names, self.size = list(class_names), tuple(size)
+        self.class_names, self.size, self.colours = list(class_names), tuple(size), dict(colours)
 
     def __len__(self):
         return len(self.images)
@@ -81,16 +83,25 @@ class Labelled(Dataset):
         return to_tensor(resize_to_cover(image, self.size)), self.classes(mask, index)
 
     def mask(self, index):
-        """Return the index mask of a file as it is, a PIL picture; ValueError for an RGB mask."""
+        """Return the label values of a file, a PIL picture; ValueError if they cannot be trusted.
+        """
         path = self.labels[index]
         try:
             with Image.open(path) as mask:
-                mode, indices = mask.mode, np.asarray(mask)         # the indices, not the colours
+                values = np.asarray(mask)                            # the indices, not the colours
+                palette = mask.getpalette("RGB") if mask.mode == "P" else None
         except Exception as error:
             raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
-        if mode not in ("L", "P", "1"):
-            raise ValueError(f"{path} is a {mode} picture; expected an index mask of 8 bits")
-        return Image.fromarray(indices.astype(np.uint8))
+        if mask.mode not in ("L", "P", "1") or mask.format in ("JPEG", "MPO"):
+            raise ValueError(f"{path} is a {mask.format} picture of mode {mask.mode}; expected an "
+                             "index mask of 8 bits in a lossless format such as PNG")
+        for value in np.bincount(values.ravel()).nonzero()[0].tolist() if palette else ():
+            colour = tuple(palette[3 * value:3 * value + 3])
+            expected = self.colours.setdefault(value, colour)
+            if colour != expected:
+                raise ValueError(f"{path} gives the value {value} the colour {colour}, expected "
+                                 f"{expected}; an image editor may have renumbered its classes")
+        return Image.fromarray(values.astype(np.uint8))
 
     def classes(self, mask, index):
         """Return the classes of an index mask that belongs to a file: int64 (H, W)."""
@@ -108,18 +119,19 @@ def open_labelled(dataset, root, split, size, num_classes=None, download=False):
     root: for camvid a folder with <split>/ and <split>annot/; for voc and cityscapes the trees of
     their archives; for scenes and folder <split>/images and <split>/labels, or images and labels.
     split: "val", or "train:0001TP,0016E5" to keep files whose names begin so (CamVid's sequences).
+    num_classes: of the network; it may have more than the labels.
     Raises FileNotFoundError or ValueError with what was expected.
     """
     if not root or not (download or Path(root).is_dir()):
         raise FileNotFoundError(f"there is no folder {root}; --data-root names the {dataset} data")
     part, _, sequences = split.partition(":")
-    pairs, values = LISTINGS[dataset](Path(root), part, download)
-    values = (values or DATASETS[dataset][0]                               # names of 0, 1, ...
-              or [f"class {k}" for k in range(num_classes or 0)])
+    pairs, values = find_pairs(dataset, Path(root), part, download)
+    values = values or [f"class {k}" for k in range(num_classes or 0)]       # names of 0, 1, ...
     names = [name for name in dict.fromkeys(values) if name != VOID]
-    if not names or num_classes not in (None, len(names)):
-        raise ValueError(f"{dataset} has {len(names) or 'an unknown number of'} classes, but "
-                         f"{num_classes or 'a number'} is expected (--num-classes, classes.txt)")
+    most = num_classes or IGNORE
+    if not 0 < len(names) <= most or set(values[IGNORE:]) - {VOID}:
+        raise ValueError(f"{dataset} has {len(names) or 'an unknown number of'} classes, expected "
+                         f"1 to {most} (--num-classes, classes.txt) with values below {IGNORE}")
     pairs = [pair for pair in pairs if pair[0].name.startswith(tuple(sequences.split(",")))]
     if not pairs:
         raise ValueError(f"{root} has no image in split {split!r}")
@@ -130,101 +142,110 @@ def open_labelled(dataset, root, split, size, num_classes=None, download=False):
     table = torch.full((256,), -1)
     # Official labelIds know no 255: a file with one holds train ids under a wrong name.
     table[IGNORE] = -1 if dataset == "cityscapes" else IGNORE
-    for value, name in enumerate(values):
+    for value, name in enumerate(values[:IGNORE]):
         table[value] = IGNORE if name == VOID else names.index(name)
-    return Labelled(*zip(*pairs, strict=True), table, names, size)
+    colours = enumerate(class_colours(range(256))) if dataset == "voc" else ()
+    return Labelled(*zip(*pairs, strict=True), table, names, size, colours)
+
+
+def find_pairs(dataset, root, part, download):
+    """Return the files of a data set, [(image, label), ...], and the names of its label values.
+
+    The names of a folder are those of its classes.txt, or none.
+    """
+    if dataset == "camvid":
+        return paired(root / part, root / f"{part}annot"), (*CAMVID, VOID)
+    if dataset == "voc":
+        return voc_pairs(root / "VOCdevkit" / "VOC2012", part, download), VOC
+    if dataset == "cityscapes":
+        fine, images = root / "gtFine" / part, find_images(root / "leftImg8bit" / part)
+        pairs = [(path, fine / path.parent.name
+                  / path.name.replace("leftImg8bit", "gtFine_labelIds")) for path in images]
+        return pairs, [VOID if c.train_id == 255 else c.name
+                       for c in Cityscapes.classes[:-1]]                # the last has the id -1
+    names = read_class_names(root / "classes.txt") or DATASETS[dataset][0]
+    root = root / part if (root / part).is_dir() else root
+    return paired(root / "images", root / "labels"), names
+
+
+def voc_pairs(voc, part, download):
+    """Return [(image, label), ...] of train, val, trainval, or trainaug where it was added.
+
+    trainaug.txt holds names, or "/JPEGImages/A.jpg /SegmentationClassAug/A.png" in each line.
+    """
+    listing = voc / "ImageSets" / "Segmentation" / f"{part}.txt"
+    if download and not listing.is_file():    # torchvision would unpack the archive on every run
+        torchvision.datasets.VOCSegmentation(voc.parent.parent, download=True)
+    if not listing.is_file():
+        raise FileNotFoundError(f"no Pascal VOC 2012 with the split {part!r}: there is no {listing}"
+                                "; --download fetches all but trainaug")
+    masks = "SegmentationClassAug" if "aug" in part else "SegmentationClass"
+    lines = [line.split() for line in listing.read_text().splitlines() if line.strip()]
+    names = [line if len(line) == 2 else (f"JPEGImages/{line[0]}.jpg", f"{masks}/{line[0]}.png")
+             for line in lines]
+    return [(voc / image.lstrip("/"), voc / label.lstrip("/")) for image, label in names]
 
 
 def paired(images, labels):
     """Return [(image, label), ...] of two folders, paired by relative path without suffix.
 
-    Raises ValueError that names an image without a label, or two labels of one name.
+    Raises ValueError that names an image without a label, or with two.
     """
     by_name = {}
     for path in find_images(labels):
-        other = by_name.setdefault(path.relative_to(labels).with_suffix(""), path)
-        if other != path:
-            raise ValueError(f"{other} and {path} are labels of one image; remove one of them")
-    pairs = [(path, by_name.get(path.relative_to(images).with_suffix("")))
+        by_name.setdefault(path.relative_to(labels).with_suffix(""), []).append(path)
+    pairs = [(path, *by_name.get(path.relative_to(images).with_suffix(""), ()))
              for path in find_images(images)]
-    alone = [image for image, label in pairs if label is None]
-    if alone:
-        raise ValueError(f"{len(alone)} images have no label, the first is {alone[0]}")
+    for image, *found in pairs:
+        if len(found) != 1:
+            raise ValueError(f"{image} has {len(found)} labels of its name in {labels}, not one")
     return pairs
 
 
-# Each returns pairs (image, label) of files, and the names of the label values 0, 1, ...
+def read_class_names(path):
+    """Return the lines of a classes.txt, the names of 0, 1, ...; [] without such a file.
 
-def list_folder(root, part, download):
-    """List any folder; the names are empty if no classes.txt tells them.
-
-    A value whose line says "void", or nothing, is ignored, and values of one name are one class.
+    Empty lines and those that say void, in whatever case, become VOID. Lines of one name are one
+    class.
     """
-    known = root / "classes.txt"
-    lines = known.read_text("utf-8-sig").rstrip().splitlines() if known.is_file() else []
-    names = [VOID if line.strip().lower() in ("", VOID) else line.strip() for line in lines]
-    root = root / part if (root / part).is_dir() else root
-    return paired(root / "images", root / "labels"), names
-
-
-def list_camvid(root, part, download):
-    return paired(root / part, root / f"{part}annot"), (*CAMVID, VOID)
-
-
-def list_voc(root, part, download):
-    """List train, val, trainval, or trainaug where it was added.
-
-    trainaug.txt holds names, or "/JPEGImages/A.jpg /SegmentationClassAug/A.png" a line.
-    """
-    voc = root / "VOCdevkit" / "VOC2012"
-    listing = voc / "ImageSets" / "Segmentation" / f"{part}.txt"
-    if download and not listing.is_file():    # torchvision would unpack the archive on every run
-        torchvision.datasets.VOCSegmentation(root, download=True)
-    if not listing.is_file():
-        raise FileNotFoundError(f"no Pascal VOC 2012 with the split {part!r} below {root}: there "
-                                f"is no {listing}; --download fetches all but trainaug")
-    masks = "SegmentationClassAug" if "aug" in part else "SegmentationClass"
-    lines = [line.split() for line in listing.read_text().splitlines() if line.strip()]
-    names = [line if len(line) == 2 else (f"JPEGImages/{line[0]}.jpg", f"{masks}/{line[0]}.png")
-             for line in lines]
-    return [(voc / image.lstrip("/"), voc / label.lstrip("/")) for image, label in names], VOC
-
-
-def list_cityscapes(root, part, download):
-    fine = root / "gtFine" / part
-    pairs = [(path, fine / path.parent.name / path.name.replace("leftImg8bit", "gtFine_labelIds"))
-             for path in find_images(root / "leftImg8bit" / part)]
-    return pairs, [VOID if c.train_id == 255 else c.name
-                   for c in torchvision.datasets.Cityscapes.classes[:-1]]       # the last is id -1
-
-
-LISTINGS = {"scenes": list_folder, "folder": list_folder, "camvid": list_camvid, "voc": list_voc,
-            "cityscapes": list_cityscapes}
+    try:
+        lines = path.read_text("utf-8-sig").rstrip().splitlines() if path.is_file() else []
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text; save it again with this encoding") from error
+    return [VOID if line.strip().lower() in ("", VOID) else line.strip() for line in lines]
 
 
 def class_colours(class_names):
-    """Return an RGB colour for each class: the data set's own, else of Pascal VOC's map."""
+    """Return an RGB colour for each class: the data set's own, else of Pascal VOC's map.
+
+    Without names, the 256 colours of that map.
+    """
     own = {scenes.CLASSES: scenes.PALETTE, CAMVID: CAMVID_COLOURS, CITYSCAPES: CITYSCAPES_COLOURS}
     # VOC spreads the bits of the class number over the high bits of red, green and blue.
     return own.get(tuple(class_names)) or [
         tuple(sum((k >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3))
-              for channel in range(3)) for k in range(len(class_names))]
-
-
-def compare_names(data, names):
-    """Warn if a network's class names are not those of a Labelled data set, perhaps in order only.
-    """
-    ours, theirs = ([name.strip("_").lower() for name in x] for x in (data.class_names, names))
-    if ours != theirs and "class 0" not in (ours[0], theirs[0]):
-        print(f"warning: the labels' classes are {', '.join(ours)}, the network's "
-              f"{', '.join(theirs)}; an IoU compares those at the same place")
+              for channel in range(3)) for k in range(len(class_names) or 256)]
 
 
 def check_labels(data, names=None, most=2000):
-    """Open at most about `most` pairs of a Labelled data set; ValueError names a bad one.
+    """Read at most about `most` pairs of a Labelled data set, evenly spread; say what is wrong.
 
-    names: of a network's classes, to be compared with.
+    names: of a network's classes, perhaps with more behind. Warns if they are others or in another
+    order, and of classes that no label has. Raises ValueError that names a bad file, or if there
+    are only one class and void.
     """
-    compare_names(data, names or data.class_names)
-    for i in progress(range(0, len(data), -(-len(data) // most)), "checking labels", leave=False):
-        data[i]
+    ours, theirs = ([name.strip("_").lower() for name in x]
+                    for x in (data.class_names, names or data.class_names))
+    if ours != theirs[:len(ours)] and "class 0" not in (ours[0], theirs[0]):
+        print(f"warning: the labels' classes are {', '.join(ours)}, the network's "
+              f"{', '.join(theirs)}; an IoU compares those at the same place")
+    indices = range(0, len(data), math.ceil(len(data) / most))
+    count = sum(data[i][1].flatten().bincount(minlength=256)                           # (256,)
+                for i in progress(indices, "checking labels", leave=False))
+    absent = [name for name, pixels in zip(data.class_names, count, strict=False) if not pixels]
+    found = [f"{k} (void)" if k == IGNORE else str(k) for k in count.nonzero().flatten().tolist()]
+    words = f"no label has {', '.join(absent)}; values found: {', '.join(found)}"
+    if absent and len(found) == 2 and count[IGNORE]:
+        raise ValueError(f"{words}; are two classes saved as 0 and 255 instead of 0 and 1?")
+    if absent:
+        print(f"warning: {words}")

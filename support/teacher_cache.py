@@ -27,7 +27,7 @@ from support.images import as_input
 from support.options import pick_workers
 from support.progress import progress
 
-MEMORY = 4 * 2 ** 30      # bytes of one array that are kept in memory
+MEMORY = 4 * 2 ** 30      # bytes of views, and of logits, that are kept in memory
 
 
 @torch.no_grad()
@@ -53,24 +53,22 @@ def resize(logits, size):
                          antialias=size[0] < logits.shape[-2])
 
 
-def allocate(shape, dtype, folder=None):
-    """Return an empty tensor: in memory if it fits, otherwise in a temporary file of the folder.
+def allocate(shape, folder=None):
+    """Return an empty float16 tensor: in memory if it fits, otherwise in a file of the folder.
 
-    The system removes the file when the program ends. OSError if the disk has no room for it.
+    The file is temporary: the system removes it when the program ends. OSError if the disk is full.
     """
-    size = math.prod(shape) * dtype.itemsize
+    size, folder = 2 * math.prod(shape), folder or tempfile.gettempdir()
     if size <= MEMORY:
-        return torch.empty(shape, dtype=dtype)
-    folder = folder or tempfile.gettempdir()
+        return torch.empty(shape, dtype=torch.float16)
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             for _ in range(math.ceil(size / 2 ** 26)):        # a full disk shows now, not later
                 file.write(bytes(2 ** 26))
             file.flush()
-            kind = np.float16 if dtype == torch.float16 else np.uint8
-            return torch.from_numpy(np.memmap(file, kind, "r+", shape=tuple(shape)))
+            return torch.from_numpy(np.memmap(file, np.float16, "r+", shape=tuple(shape)))
     except OSError as error:
-        raise OSError(f"no room for {size / 1e9:.0f} GB of cached views in {folder} "
+        raise OSError(f"no room for {size / 1e9:.0f} GB of teacher logits in {folder} "
                       f"({error.strerror}); lower --views or --budget, or use --views 0") from error
 
 
@@ -79,12 +77,12 @@ class TeacherCache:
 
     teacher_pass: from images (B, 3, H, W) on the device to logits (B, K, h, w); they are stored in
     float16. views: a `data.Views`, of which cfg.views of each file are cached, no more than will be
-    used. keys: B of (index, view number). folder: for what does not fit into memory. ValueError
-    names a file whose logits are not finite.
+    used. keys: B of (index, view number). folder: for logits that do not fit into memory; views
+    that do not are cut again. ValueError names a file whose teacher logits are not finite.
     """
 
     def __init__(self, teacher_pass, views, cfg, device, folder=None):
-        batch_size = cfg.batch_size
+        self.views, self.images, batch_size = views, None, cfg.batch_size
         self.count = min(cfg.views, math.ceil(cfg.steps * batch_size / len(views.files)))
         keys = [(index, view) for index in range(len(views.files)) for view in range(self.count)]
         loader = DataLoader(views, batch_size, sampler=keys, pin_memory=device.type == "cuda",
@@ -98,11 +96,16 @@ class TeacherCache:
                                  "off, or take this file out of the pool")
             logits = logits.clamp(-6e4, 6e4).half()           # float16 holds no more than 65,504
             if i == 0:
-                self.images = allocate((len(keys), *images.shape[1:]), torch.uint8, folder)
-                self.logits = allocate((len(keys), *logits.shape[1:]), torch.float16, folder)
+                self.logits = allocate((len(keys), *logits.shape[1:]), folder)
+                if len(keys) * images[0].numel() <= MEMORY:
+                    self.images = torch.empty(len(keys), *images.shape[1:], dtype=torch.uint8)
             rows = slice(i * batch_size, i * batch_size + len(images))
-            self.images[rows], self.logits[rows] = images, logits.cpu()
+            self.logits[rows] = logits.cpu()
+            if self.images is not None:
+                self.images[rows] = images
 
     def __getitem__(self, keys):
         rows = torch.tensor([index * self.count + view for index, view in keys])
+        if self.images is None:
+            return torch.stack([self.views[key] for key in keys]), self.logits[rows]
         return self.images[rows], self.logits[rows]

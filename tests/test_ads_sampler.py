@@ -1,7 +1,6 @@
-"""ads_sampler.py: what is scored, what is chosen, and what never is."""
+"""ads_sampler.py: how a pool is scored, what is selected, and what never is."""
 
 import math
-import time
 import warnings
 
 import pytest
@@ -11,18 +10,11 @@ import ads_sampler
 from ads_sampler import sample, score_pool
 
 
-def test_the_worked_example_in_the_docstring_is_right():
-    x = torch.tensor([-3, 2, torch.nan, 1, -2, 1])
-    chosen = sample(x.abs(), 3)
-    assert chosen.tolist() == [3, 5, 1] and chosen.dtype == torch.int64
-    assert x[chosen].mean().item() == pytest.approx(4 / 3)
-
-
 def test_scores_come_in_the_order_of_the_loader_whatever_the_batch_size():
-    pool = torch.arange(10.0)
+    pool = torch.arange(10.0, dtype=torch.float64)
     for size in (1, 3, 10):
-        assert torch.equal(score_pool(lambda batch: 2 * batch, pool.split(size)), 2 * pool)
-    assert score_pool(lambda b: torch.stack([b, b], 1), pool.split(4)).shape == (10, 2)
+        scores = score_pool(lambda batch: 2 * batch, pool.split(size))
+        assert torch.equal(scores, 2 * pool.float()) and scores.dtype == torch.float32
 
 
 def test_scores_carry_no_gradient():
@@ -30,47 +22,40 @@ def test_scores_carry_no_gradient():
     assert not score_pool(lambda batch: batch * weight, [torch.rand(3)]).requires_grad
 
 
-def test_scores_of_a_changing_shape_and_an_empty_pool_are_refused():
+def test_more_than_one_score_per_image_and_an_empty_pool_are_refused():
     with pytest.raises(ValueError, match="empty"):
         score_pool(lambda batch: batch, [])
-    with pytest.raises(ValueError, match="same for every batch"):
-        score_pool(lambda batch: batch, [torch.rand(2, 3), torch.rand(2)])
+    with pytest.raises(ValueError, match=r"one score per image, \(B,\); got shape \(2, 3\)"):
+        score_pool(lambda batch: batch, [torch.rand(2, 3)])
 
 
-def test_nearest_is_a_sorted_prefix_with_ties_in_pool_order():
-    distances = torch.tensor([3.0, 1, 2, 1, 3, 0])
-    assert sample(distances, 6).tolist() == [5, 1, 3, 2, 0, 4]
-    assert sample(distances, 2).tolist() == [5, 1]
-
-
-def test_the_choice_equals_a_plain_sort_in_python():
+def test_the_selection_equals_a_plain_sort_in_python():
     values = torch.randint(20, (200,), generator=torch.Generator().manual_seed(0)).tolist()
     distances = [v if v else math.nan for v in map(float, values)]     # many ties, some unusable
     slow = sorted((i for i, v in enumerate(distances) if math.isfinite(v)),
                   key=lambda i: (distances[i], i))
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        assert sample(torch.tensor(distances, dtype=dtype), 90).tolist() == slow[:90]
+        selected = sample(torch.tensor(distances, dtype=dtype), 90)
+        assert selected.tolist() == slow[:90] and selected.dtype == torch.int64
 
 
-def test_images_without_a_finite_distance_are_never_chosen_and_nothing_is_said():
+def test_images_without_a_finite_distance_are_never_selected_and_cause_no_warning():
     distances = torch.tensor([torch.nan, 1, torch.inf, 2, 3, -torch.inf])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert sample(distances, 3).tolist() == [1, 3, 4]
-    with pytest.raises(ValueError, match="between 1 and 3"):
-        sample(distances, 4)
 
 
 @pytest.mark.parametrize("budget", [0, 4, -1])
 def test_a_budget_that_does_not_fit_is_refused_with_the_number_that_does(budget):
     with pytest.raises(ValueError, match=f"between 1 and 3.*got {budget}"):
-        sample(torch.rand(3), budget)
+        sample(torch.tensor([1, torch.nan, 2, 3]), budget)
 
 
 @pytest.mark.parametrize(("distances", "got"), [
     (torch.rand(5, 2), r"float32 \(5, 2\)"), (torch.rand(5, 1), r"\(5, 1\)"),
     (torch.tensor(1.0), r"\(\)"), (torch.arange(5), "int64"), (torch.ones(5).bool(), "bool")])
-def test_anything_but_one_floating_point_distance_an_image_is_refused(distances, got):
+def test_anything_but_one_floating_point_distance_per_image_is_refused(distances, got):
     with pytest.raises(ValueError, match="expected one floating-point distance.*" + got):
         sample(distances, 1)
 
@@ -81,12 +66,5 @@ def test_the_demo_prints_the_worked_example_and_shows_that_nearest_crowds(capsys
     assert "images [3, 5, 1], mean 1.33" in text
     rows = {words[0]: [float(w) for w in words[1:]] for words in map(str.split, text.splitlines())
             if words and words[0] in ("random", "confidence", "nearest")}
-    assert rows["nearest"][1] == 0.39 and abs(rows["nearest"][0]) < 0.2
-    assert rows["nearest"][2] < 1.18 < rows["random"][2] < rows["confidence"][2]
-
-
-def test_choosing_from_a_million_distances_takes_under_a_second():
-    distances = torch.rand(1_000_000, generator=torch.Generator().manual_seed(0))
-    start = time.process_time()
-    sample(distances, 1000)
-    assert time.process_time() - start < 1
+    assert rows["nearest"][2] < 1.18 < rows["random"][2] < rows["confidence"][2]    # the idea
+    assert rows["nearest"][1] == 0.39                                               # the caveat

@@ -1,11 +1,17 @@
-"""colours.py: colours read off a layer, and given exactly to each image."""
+"""colours.py: colours estimated from a BatchNorm layer, and images mapped to given colours."""
+
+import statistics
 
 import pytest
 import torch
 from torch import nn
 
 import colours
-from colours import apply_colours, colour_target, match_colours, square_root, transfer
+from colours import apply_colours, colour_target, match_colours, transfer
+
+R = 0.05 * torch.eye(3) + 0.95
+MEAN = torch.tensor([0.4, 0.5, 0.6])
+COV = torch.tensor([[0.004, 0.002, 0.001], [0.002, 0.003, 0.001], [0.001, 0.001, 0.002]])
 
 
 @pytest.fixture
@@ -17,45 +23,47 @@ def images():
 
 
 def moments(images):
+    """Return the mean (B, 3) and covariance (B, 3, 3) of the colours of each image, in float64."""
     pixels = images.double().flatten(2)
-    mean = pixels.mean(dim=2)
-    centred = pixels - mean[..., None]
-    return mean, centred @ centred.mT / pixels.shape[2]
+    return pixels.mean(dim=2), torch.stack([torch.cov(p, correction=0) for p in pixels])
 
 
-def test_the_worked_example():
-    image = torch.tensor([0.5, 0.7]).view(1, 1, 1, 2).expand(1, 3, 1, 2)
-    maps = transfer(image, torch.full((3,), 0.4), torch.full((3, 3), 0.04), floor=1e-9)
-    torch.testing.assert_close(apply_colours(image, maps)[0, :, 0],
-                               torch.tensor([[0.2, 0.6]] * 3), atol=1e-3, rtol=0)
+def estimate(filters, mean_bn, var_bn, b=0.0):
+    """Return what colour_target says of a layer behind 1x1 filters (C, 3) with offset b."""
+    return colour_target(lambda x: x.mean(dim=(2, 3)) @ filters.T + b, mean_bn, var_bn, (4, 4))
 
 
-def test_the_colours_of_the_private_images_are_read_off_a_pointwise_filter(images):
+def test_pointwise_filters_reveal_mean_and_variance_exactly_if_the_correlation_is_095():
     torch.manual_seed(1)
-    filters = nn.Conv2d(3, 16, 1)
+    filters, noise = nn.Conv2d(3, 16, 1), torch.randn(4096, 3, dtype=torch.double)
+    noise -= noise.mean(dim=0)
+    white = noise @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(noise.T, correction=0))).T
+    pixels = MEAN + white.float() @ torch.linalg.cholesky(0.07 * R).T               # (4096, 3)
     with torch.no_grad():
-        maps = filters(images).permute(1, 0, 2, 3).flatten(1)                       # (16, N)
-        mean, cov = colour_target(lambda x: filters(x).mean(dim=(2, 3)), maps.mean(dim=1),
-                                  maps.var(dim=1, unbiased=False), (8, 8))
-    pixels = images.permute(1, 0, 2, 3).flatten(1)
-    torch.testing.assert_close(mean, pixels.mean(dim=1), atol=1e-4, rtol=0)
-    torch.testing.assert_close(cov, torch.cov(pixels), atol=1e-4, rtol=1e-2)
+        maps = filters(pixels.T[None, :, None])[0, :, 0]                            # (16, 4096)
+    mean, cov = colour_target(lambda x: filters(x).mean(dim=(2, 3)), maps.mean(dim=1),
+                              maps.var(dim=1, correction=0), (8, 8))
+    torch.testing.assert_close(mean, MEAN, atol=1e-4, rtol=0)
+    torch.testing.assert_close(cov, 0.07 * R, atol=1e-5, rtol=0)
+    assert not mean.requires_grad and not cov.requires_grad
 
 
-def test_a_layer_that_hardly_sees_colour_gives_typical_ones_not_noise():
+def test_the_grey_filter_of_the_worked_example_gives_mean_04_and_grey_variance_004():
+    mean, cov = estimate(torch.full((1, 3), 4 / 3), torch.tensor([0.6]), torch.tensor([0.64]), -1.0)
+    torch.testing.assert_close(mean, torch.full((3,), 0.4))
+    assert cov.mean().item() == pytest.approx(0.04)                 # variance of (R + G + B) / 3
+
+
+def test_the_variance_is_the_median_over_channels_of_a_slow_loop_without_dead_channels():
     torch.manual_seed(0)
-    seen = torch.randn(16, 1).expand(16, 3)
-    true = 0.08 * (0.05 * torch.eye(3) + 0.95)
-
-    def read(filters):
-        var = ((filters @ true) * filters).sum(dim=1) * (1 + 0.1 * torch.randn(16))     # with edges
-        return colour_target(lambda x: x.mean(dim=(2, 3)) @ filters.T, filters.sum(dim=1) * 0.4,
-                             var, (4, 4))[1]
-
-    for filters in (seen, seen + 0.02 * torch.randn(16, 3)):         # brightness alone, and nearly
-        torch.testing.assert_close(read(filters), true, atol=0, rtol=0.1)
-    colourful = read(torch.randn(16, 3))                             # read as it is, not replaced
-    assert colourful[0, 1] != colourful[0, 2]
+    A, var_bn = torch.randn(17, 3), torch.rand(17)
+    A[:8] *= 1e-12                                       # dead: nothing but rounding errors
+    var_bn[:8] = torch.tensor([0, 1e-45, 1e-20, 1e-20, 1e-20, 1, 1, 1])
+    ratios = [var_bn[c].item() / sum(A[c, i].item() * R[i, j].item() * A[c, j].item()
+                                     for i in range(3) for j in range(3)) for c in range(8, 17)]
+    mean, cov = estimate(A, A @ MEAN, var_bn)
+    torch.testing.assert_close(cov, statistics.median(ratios) * R)
+    torch.testing.assert_close(mean, MEAN, atol=1e-4, rtol=0)
 
 
 def test_what_a_layer_cannot_see_is_not_made_of_rounding_errors():
@@ -64,112 +72,68 @@ def test_what_a_layer_cannot_see_is_not_made_of_rounding_errors():
     seen, noise = torch.randn(16, 1).expand(16, 3), torch.randn(16)
     var = 0.08 * seen.sum(dim=1).square() * (1 + 0.2 * noise) + 1e-3                 # with edges
     mean_bn = seen.sum(dim=1) * 0.4 + 0.05 * torch.randn(16)
-
-    def read(filters):
-        return colour_target(lambda x: x.mean(dim=(2, 3)) @ filters.T, mean_bn, var, (4, 4))
-
-    first, *others = (read(seen * (1 + 1e-7 * torch.randn(16, 3))) for _ in range(5))
-    for mean, cov in others:
-        torch.testing.assert_close(mean, first[0], atol=0, rtol=1e-3)
-        torch.testing.assert_close(cov, first[1], atol=0, rtol=1e-3)
-    assert (first[0] - 0.4).abs().max() < 0.05
+    first, *others = (estimate(seen * (1 + 1e-7 * torch.randn(16, 3)), mean_bn, var)[0]
+                      for _ in range(5))
+    for mean in others:
+        torch.testing.assert_close(mean, first, atol=0, rtol=1e-3)
+    assert (first - 0.4).abs().max() < 0.05
 
 
-def test_transfer_gives_exactly_the_asked_mean_and_covariance(images):
-    mean = torch.tensor([0.4, 0.5, 0.6])
-    cov = torch.tensor([[0.004, 0.002, 0.001], [0.002, 0.003, 0.001], [0.001, 0.001, 0.002]])
-    maps = transfer(images, mean, cov, floor=0.0)
-    mapped = torch.einsum("bij,bjhw->bihw", maps[:, :, :3], images) + maps[:, :, 3, None, None]
-    got_mean, got_cov = moments(mapped)
-    torch.testing.assert_close(got_mean, mean.double().expand(5, 3), atol=1e-5, rtol=0)
-    torch.testing.assert_close(got_cov, cov.double().expand(5, 3, 3), atol=1e-5, rtol=1e-3)
-    torch.testing.assert_close(maps[:, :, :3], maps[:, :, :3].mT, atol=1e-4, rtol=1e-4)
+def test_a_response_without_any_colour_is_refused():
+    with pytest.raises(ValueError, match="the same for all colours"):
+        estimate(torch.zeros(4, 3), torch.zeros(4), torch.ones(4))
+
+
+@pytest.mark.parametrize("floor", [0.0, 1e-3])
+def test_the_map_is_the_one_of_the_docstring(images, floor):
+    """The only symmetric positive T with T S T' = S*, and an offset that brings m to m*."""
+    maps = transfer(images, MEAN, COV, floor).double()
+    for (m, S), map_ in zip(zip(*moments(images), strict=True), maps, strict=True):
+        T, eye = map_[:, :3], floor * torch.eye(3)
+        torch.testing.assert_close(T @ (S + eye) @ T.T, (COV + eye).double(), atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(T, T.T, atol=1e-4, rtol=1e-4)
+        assert torch.linalg.eigvalsh(T).min() > 0
+        torch.testing.assert_close(T @ m + map_[:, 3], MEAN.double(), atol=1e-5, rtol=0)
+
+
+def test_matched_images_have_the_target_colours_but_for_the_floor(images):
+    cov = torch.diag(torch.tensor([0.01, 0.008, 0.006]))
+    got_mean, got_cov = moments(match_colours(images, MEAN, cov))
+    torch.testing.assert_close(got_mean, MEAN.double().expand(5, 3), atol=2e-3, rtol=0)
+    torch.testing.assert_close(got_cov, cov.double().expand(5, 3, 3), atol=5e-3, rtol=0)
 
 
 def test_images_that_have_the_target_colours_stay_as_they_are(images):
     mean, cov = (m[0].float() for m in moments(images[:1]))
-    maps = transfer(images[:1], mean, cov)
-    torch.testing.assert_close(maps, torch.eye(3, 4)[None], atol=1e-3, rtol=0)
+    torch.testing.assert_close(match_colours(images[:1], mean, cov), images[:1], atol=1e-3, rtol=0)
 
 
 def test_a_flat_image_gets_the_mean_and_a_bounded_gain():
     flat = torch.full((1, 3, 8, 8), 0.9)
     maps = transfer(flat, torch.full((3,), 0.4), 0.08 * torch.eye(3))
-    assert maps.isfinite().all() and maps[:, :, :3].abs().max() < 10
+    assert maps[:, :, :3].abs().max() < 10
     torch.testing.assert_close(apply_colours(flat, maps), torch.full_like(flat, 0.4))
 
 
-def test_an_image_is_mapped_alike_in_any_company(images):
-    mean, cov = torch.full((3,), 0.5), 0.01 * torch.eye(3)
-    together = transfer(images, mean, cov)
-    alone = torch.cat([transfer(image[None], mean, cov) for image in images])
-    torch.testing.assert_close(together, alone)
+def test_an_image_is_changed_on_its_own_whatever_else_is_in_the_batch(images):
+    alone = torch.cat([match_colours(image[None], MEAN, COV) for image in images])
+    torch.testing.assert_close(match_colours(images, MEAN, COV), alone)
 
 
-def test_apply_keeps_to_the_range_and_the_identity_changes_nothing(images):
-    same = torch.eye(3, 4).repeat(5, 1, 1)
-    assert torch.equal(apply_colours(images, same), images)
-    bright = same.clone()
-    bright[:, :, 3] = 2.0
-    assert torch.equal(apply_colours(images, bright), torch.ones_like(images))
+def test_colours_are_clamped_and_the_identity_changes_nothing(images):
+    maps = torch.eye(3, 4).repeat(5, 1, 1)
+    assert torch.equal(apply_colours(images, maps), images)
+    for offset, expected in ((2.0, 1.0), (-2.0, 0.0)):
+        maps[:, :, 3] = offset
+        assert torch.equal(apply_colours(images, maps), torch.full_like(images, expected))
 
 
-def test_matching_colours_is_the_transfer_applied_and_changes_each_image_by_itself(images):
-    mean, cov = torch.tensor([0.4, 0.5, 0.6]), 0.01 * torch.eye(3)
-    matched = match_colours(images, mean, cov)
-    assert torch.equal(matched, apply_colours(images, transfer(images, mean, cov)))
-    assert matched.shape == images.shape and matched.dtype == images.dtype
-    assert matched.min() >= 0 and matched.max() <= 1
-    alone = torch.cat([match_colours(image[None], mean, cov) for image in images])
-    torch.testing.assert_close(alone, matched)
-
-
-def test_matched_images_have_the_asked_colours_but_for_the_floor(images):
-    mean, cov = torch.tensor([0.4, 0.5, 0.6]), torch.diag(torch.tensor([0.01, 0.008, 0.006]))
-    got_mean, got_cov = moments(match_colours(images, mean, cov))
-    torch.testing.assert_close(got_mean, mean.double().expand(5, 3), atol=2e-3, rtol=0)
-    assert (got_cov - cov).abs().max() < 5e-3
-
-
-def test_the_map_is_the_formula_of_the_docstring_written_with_matrix_functions(images):
-    mean, cov = torch.tensor([0.4, 0.5, 0.6]), torch.tensor(
-        [[0.004, 0.002, 0.001], [0.002, 0.003, 0.001], [0.001, 0.001, 0.002]])
-    m, S = moments(images)
-    maps = transfer(images, mean, cov)
-    for b in range(5):
-        target, own = cov.double() + 1e-3 * torch.eye(3), S[b] + 1e-3 * torch.eye(3)
-        T = maps[b, :, :3].double()
-        torch.testing.assert_close(T @ own @ T.T, target, atol=1e-6, rtol=1e-4)
-        assert torch.linalg.eigvalsh((T + T.T) / 2).min() > 0        # symmetric and positive
-        torch.testing.assert_close(T @ m[b] + maps[b, :, 3].double(), mean.double(),
-                                   atol=1e-5, rtol=0)
-        root = square_root(own)
-        torch.testing.assert_close(root @ root, own)
-        torch.testing.assert_close(square_root(own, -0.5) @ root, torch.eye(3).double())
-
-
-def test_a_layer_of_four_channels_is_treated_as_one_that_hardly_sees_colour():
-    filters = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
-    true = 0.04 * (0.05 * torch.eye(3) + 0.95)
-    var = ((filters @ true) * filters).sum(dim=1)
-    mean, cov = colour_target(lambda x: x.mean(dim=(2, 3)) @ filters.T, filters.sum(dim=1) * 0.4,
-                              var, (4, 4))
-    assert cov[0, 1] == cov[0, 2] == cov[1, 2] and cov[0, 0] == cov[1, 1]
-    assert cov[0, 1].item() == pytest.approx(0.95 * cov[0, 0].item())
-    assert mean.isfinite().all()
-
-
-def test_what_is_read_off_a_layer_carries_no_gradient(images):
-    filters = nn.Conv2d(3, 16, 1)
-    mean, cov = colour_target(lambda x: filters(x).mean(dim=(2, 3)), torch.zeros(16),
-                              torch.ones(16), (8, 8))
-    assert not mean.requires_grad and not cov.requires_grad
-
-
-def test_the_demo_prints_the_worked_example_and_a_photograph_in_the_cameras_colours(capsys):
+def test_the_demo_prints_the_worked_example_a_good_estimate_and_a_misjudged_camera(capsys):
     colours.demo()
     text = capsys.readouterr().out
     assert "[0.2, 0.6]" in text
-    rows = [line.split("mean")[1].split("standard")[0] for line in text.splitlines()
-            if "standard deviation" in line]
-    assert rows[0] == rows[1] == rows[3] != rows[2]
+    rows = [[float(x) for x in line.split()[-7:]] for line in text.splitlines() if "0.10" in line
+            or "0.14" in line]
+    photo, camera, estimated, matched, other, misjudged, _ = rows
+    assert estimated == camera and matched[:6] == camera[:6] != photo[:6]
+    assert misjudged[6] == 0.95 and other[6] == 0.5

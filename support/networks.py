@@ -1,0 +1,110 @@
+"""Networks that others wrote: a function of a Python file, and weights as others save them.
+
+Use it
+    from support.networks import load_network
+    network = load_network("nets.py:unet")            # runs nets.py and calls unet()
+
+`unet` takes no argument and returns an nn.Module from RGB in [0, 1] to logits (B, K, h, w). The
+module may have the attributes class_names, image_size (H, W) and multiple (see `models.wrap`). It
+normalises its input itself, or the function returns `models.wrap(network, mean=..., std=...)`.
+"""
+
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from models import build_model, wrap
+
+PLACES = ("model", "state_dict", "model_state_dict", "ema")      # where others keep a state dict
+
+
+def load_file(spec):
+    """Run a Python file; return the network of a function in it, wrapped and in eval mode.
+
+    spec: path/to/file.py:function. The network's answer to an empty image tells its classes.
+    Raises FileNotFoundError, or ValueError with what went wrong in the file.
+    """
+    path, _, function = spec.rpartition(":")
+    if not path.endswith(".py") or not Path(path).is_file():
+        raise FileNotFoundError(f"there is no Python file {path!r}; expected file.py:function")
+    sys.path.append(str(Path(path).resolve().parent))            # the file may import neighbours
+    try:
+        found = runpy.run_path(path)
+        if function not in found:
+            raise NameError(f"there is no function {function!r} in it")
+        network = found[function]()
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"expected an nn.Module, got {type(network).__name__}")
+        model = wrap(network).cpu().eval()
+        with torch.no_grad():
+            K = model(torch.zeros(1, 3, *(model.image_size or (256, 256)))).shape[1]
+    except Exception as error:                                   # of any kind: the code is not ours
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{spec} failed: {type(error).__name__}: {reason}") from error
+    model.name, model.num_classes = spec, K
+    model.class_names = model.class_names or [f"class {k}" for k in range(K)]
+    return model
+
+
+def load_network(name, num_classes=None, class_names=None, **more):
+    """Return the network of a name in models.MODELS, or of a path/to/file.py:function.
+
+    num_classes, class_names: see `with_names`. more: see `models.build_model`; a network of a file
+    keeps its own mean and std.
+    """
+    model = load_file(name) if ":" in name else build_model(name, num_classes, **more)
+    model.image_size = more.get("image_size") or model.image_size
+    return with_names(model, num_classes, class_names)
+
+
+def with_names(model, num_classes=None, class_names=None):
+    """Return the model with these class names; ValueError if it has another number of classes."""
+    model.class_names = list(class_names or model.class_names)
+    for count in (num_classes or model.num_classes, len(model.class_names)):
+        if count != model.num_classes:
+            raise ValueError(f"{model.name} has {model.num_classes} classes, expected {count} "
+                             f"({', '.join(model.class_names)})")
+    return model
+
+
+def find_weights(state, path):
+    """Return the state dict in what others save, bare or in one of PLACES; ValueError if none."""
+    state = state if isinstance(state, dict) else {"a list": state}
+    place = next((key for key in PLACES if isinstance(state.get(key), dict)), None)
+    state = state[place] if place else state
+    weights = {key: value for key, value in state.items() if torch.is_tensor(value)}
+    if not weights:
+        raise ValueError(f"{path} holds no state dict, neither bare nor as {', '.join(PLACES)}; it "
+                         f"holds {', '.join(map(str, list(state)[:8]))}")
+    return weights
+
+
+def count_outputs(name, weights):
+    """Return how many outputs the last layer of one of MODELS has in a state dict; 2 without it."""
+    with torch.device("meta"):
+        last = list(build_model(name, 2).net.state_dict())[-1]
+    return next((len(value) for key, value in weights.items() if key.endswith(last)), 2)
+
+
+def fit_weights(network, weights, path):
+    """Load a state dict into a network, whatever prefix its keys have (module., _orig_mod. ...).
+
+    Keys without that prefix and auxiliary heads are left out, which is printed.
+    Raises ValueError with the first key that does not fit, and what was expected.
+    """
+    keys = list(network.state_dict())
+    prefixes = [key.removesuffix(keys[-1]) for key in weights if key.endswith(keys[-1])] or [""]
+    prefix = max(prefixes, key=lambda p: sum(p + key in weights for key in keys))
+    left = [key for key in weights if not key.startswith(prefix) or "aux_classifier." in key]
+    try:
+        network.load_state_dict({key.removeprefix(prefix): value for key, value in weights.items()
+                                 if key not in left})
+    except RuntimeError as error:
+        reason = str(error).split("\n")[1].strip()
+        raise ValueError(f"{path} does not fit the network: {reason:.200} ... (its first key is "
+                         f"{next(iter(weights))!r})") from error
+    if left:
+        print(f"{path}: left out {len(left)} values that the network does not have: {left[0]} ...")

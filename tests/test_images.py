@@ -1,0 +1,254 @@
+"""images.py: what is found and read in a wild pool, crops against hand-computed geometry, colours.
+"""
+
+import os
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from pictures import coordinates, write
+from PIL import Image
+
+from colours import match_colours
+from models import build_model, freeze
+from support.images import (as_input, colour_matcher, drop_copies, find_images, hold_out,
+                            load_image, recolour, resize_to_cover, resized_crop, to_tensor)
+from support.records import write_csv
+
+# ---------------------------------------------------------------- files
+
+def test_images_are_found_below_a_folder_sorted_and_whatever_the_case_of_their_suffix(tmp_path):
+    for name in ("sub/c.JPeG", "sub/.d.png", "notes.txt", "b.PNG", "z.heic", "a.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    names = [path.relative_to(tmp_path).as_posix() for path in find_images(str(tmp_path))]
+    assert names == ["a.jpg", "b.PNG", "sub/c.JPeG", "z.heic"]
+
+
+def test_links_to_folders_are_followed_each_folder_once_and_dead_links_are_left_to_the_reader(
+        tmp_path):
+    pool, other = tmp_path / "pool", tmp_path / "other"
+    write(pool / "a.png", coordinates(6, 4))
+    write(other / "deeper" / "b.png", coordinates(6, 4))
+    for name, target in (("second", other), ("first", other), ("round", pool),
+                         ("self.png", pool / "self.png"), ("nowhere.png", tmp_path / "nowhere")):
+        (pool / name).symlink_to(target)
+    (other / "back").symlink_to(pool)
+    files = find_images(pool)
+    assert [path.relative_to(pool).as_posix() for path in files] == [
+        "a.png", "first/deeper/b.png", "nowhere.png", "self.png"]
+    for path in files[2:]:
+        with pytest.raises(ValueError, match=path.name):
+            load_image(path)
+    assert drop_copies(files, [files[3]]) == (files, [])
+
+
+def test_a_table_stands_for_a_folder_in_its_own_order_and_may_come_from_windows(tmp_path):
+    files = [tmp_path / os.fsdecode(b"caf\xe9 \n.jpg"), tmp_path / "a.jpg"]
+    write_csv(tmp_path / "list.csv", ("file", "distance"), [[path, 1] for path in files])
+    assert find_images(tmp_path / "list.csv") == files                      # names of any bytes
+    (tmp_path / "list.csv").write_text(f"\ufefffile,note\r\n{files[1]},x\r\n", encoding="utf-8")
+    assert find_images(tmp_path / "list.csv") == files[1:]
+    for content in ("file\n", "name\na.jpg\n", ""):
+        (tmp_path / "list.csv").write_text(content)
+        with pytest.raises(ValueError, match="list.csv lists no images; .* 'file'"):
+            find_images(tmp_path / "list.csv")
+
+
+def test_a_missing_or_an_empty_folder_is_named(tmp_path):
+    for missing in (tmp_path / "nowhere", None, ""):
+        with pytest.raises(FileNotFoundError, match=f"no folder {missing}"):
+            find_images(missing)
+    with pytest.raises(FileNotFoundError, match=f"no image below {tmp_path}.*jpg"):
+        find_images(tmp_path)
+
+
+def test_copies_are_dropped_by_content_not_by_name(tmp_path):
+    ours = [write(tmp_path / "pool" / f"{i}.bmp", coordinates(6, 4, blue=i)) for i in range(4)]
+    theirs = [write(tmp_path / "val" / name, coordinates(6, 4, blue=blue))
+              for name, blue in (("x.bmp", 2), ("0.bmp", 9))]
+    rest, reasons = drop_copies(ours, theirs)                    # all of one size in bytes
+    assert rest == [ours[0], ours[1], ours[3]]
+    assert reasons == [f"{ours[2]}: the same image as {theirs[0]}, which is evaluated on"]
+
+
+@pytest.mark.parametrize(("count", "held"), [(20, 1), (41, 3), (4000, 200), (10_000, 200)])
+def test_every_twentieth_file_at_most_200_is_held_out_and_never_learnt_from(count, held):
+    learnt, out = hold_out(list(range(count)))
+    assert len(out) == held and out[0] == 0 and sorted(learnt + out) == list(range(count))
+    with pytest.raises(ValueError, match="the pool has 19 images; .* at least 20"):
+        hold_out(list(range(19)))
+
+
+# ---------------------------------------------------------------- decoding
+
+def test_every_kind_of_picture_becomes_rgb_without_a_warning(tmp_path):
+    frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue")]
+    clear = Image.fromarray(np.arange(1200, dtype=np.uint8).reshape(30, 40) % 4)
+    clear.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200, 9, 9, 9])
+    tall = Image.fromarray(np.full((5000, 1, 3), 7, dtype=np.uint8))
+    animated = {"save_all": True, "append_images": frames[1:]}
+    with warnings.catch_warnings(action="error"):
+        for suffix, picture, how, expected in (
+                ("png", Image.new("L", (8, 8), 100), {}, (100, 100, 100)),
+                ("png", Image.new("1", (8, 8), 1), {}, (255, 255, 255)),
+                ("png", Image.new("RGBA", (8, 8), (10, 20, 30, 0)), {}, (10, 20, 30)),
+                ("jpg", Image.new("CMYK", (8, 8), (255, 0, 0, 0)), {}, (0, 255, 255)),
+                ("png", clear, {"transparency": bytes([0, 128, 255, 7])}, (200, 0, 0)),
+                ("gif", clear, {"transparency": 0}, (200, 0, 0)),
+                ("gif", frames[0], animated, (255, 0, 0)),       # the first frame
+                ("webp", frames[0], animated, (255, 0, 0)),
+                ("png", Image.new("RGB", (1, 1), "red"), {}, (255, 0, 0)),
+                ("png", tall, {}, (7, 7, 7)),
+                ("png", tall.transpose(Image.ROTATE_90), {}, (7, 7, 7))):
+            image = load_image(write(tmp_path / f"a.{suffix}", picture, **how), (20, 30))
+            assert image.mode == "RGB" and resized_crop(image, (20, 30)).size == (30, 20)
+            assert np.abs(np.subtract(image.getpixel((0, 0)), expected)).max() <= 2
+
+
+def test_the_camera_s_orientation_is_applied_unless_a_label_belongs_to_the_pixels(tmp_path):
+    stored = Image.new("RGB", (64, 32), "blue")
+    stored.paste("red", (0, 0, 32, 32))                          # the stored left is the true top
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = write(tmp_path / "a.jpg", stored, exif=exif)
+    image = load_image(path)
+    top, bottom = image.getpixel((16, 8)), image.getpixel((16, 56))
+    assert image.size == (32, 64) and top[0] > 200 > top[2] and bottom[2] > 200 > bottom[0]
+    assert load_image(path, upright=False).size == (64, 32)
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_a_picture_whose_exif_is_damaged_is_read(tmp_path, suffix):
+    path = write(tmp_path / f"a.{suffix}", Image.new("RGB", (8, 6), "red"), exif=b"damaged")
+    assert load_image(path).size == (8, 6)
+
+
+def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path):
+    path = write(tmp_path / "a.jpg", coordinates(250, 200).resize((1000, 800)), quality=95)
+    small, whole = load_image(path, (90, 150)), load_image(path)
+    # At least twice the longer side both ways, because the file may have to be turned.
+    assert small.size == (500, 400) and whole.size == (1000, 800)
+    a, b = (to_tensor(resized_crop(image, (90, 150))).int() for image in (small, whole))
+    assert (a - b).abs().max() <= 4
+
+
+def test_a_large_picture_is_read_without_a_warning_and_a_decompression_bomb_refused(
+        tmp_path, monkeypatch):
+    path = write(tmp_path / "bomb.png", Image.new("1", (400, 300)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400 * 300 - 1)         # beyond it, a warning
+    with warnings.catch_warnings(action="error"):
+        assert load_image(path).size == (400, 300)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400 * 300 // 2 - 1)    # beyond twice, an error
+    with pytest.raises(ValueError, match="bomb.png: DecompressionBombError"):
+        load_image(path)
+
+
+def test_a_file_that_cannot_be_read_is_a_value_error_that_names_it_and_says_why(tmp_path):
+    whole = write(tmp_path / "whole.png", coordinates(50, 50)).read_bytes()
+    for name, content in (("cut.png", whole[:len(whole) // 2]), ("text.png", b"hello"),
+                          ("empty.jpg", b""), ("unknown.HEIC", b"unknown")):
+        (tmp_path / name).write_bytes(content)
+    for kind in (np.float32, np.int32, np.uint16):               # not clipped to white
+        write(tmp_path / f"{kind.__name__}.tif", np.array([[0, 1]], dtype=kind))
+    for name, reason in (("cut.png", "OSError|SyntaxError"), ("text.png", "cannot identify"),
+                         ("empty.jpg", "cannot identify"), ("unknown.HEIC", "cannot identify"),
+                         ("missing.png", "FileNotFoundError"), ("float32.tif", "more than 8 bits"),
+                         ("int32.tif", "more than 8"), ("uint16.tif", "more than 8 .*convert it")):
+        with pytest.raises(ValueError, match=f"{name}: .*({reason})"):
+            load_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "bmp", "tif"])
+def test_a_damaged_picture_is_read_or_named_and_nothing_else(tmp_path, suffix):
+    rng, path, refused = np.random.default_rng(3), tmp_path / f"a.{suffix}", 0
+    good = np.frombuffer(write(path, coordinates(64, 48)).read_bytes(), dtype=np.uint8)
+    for _ in range(50):                                          # most of a format is in its head
+        content, head = good.copy(), len(good) // rng.choice([1, 16, 64])
+        where = rng.integers(0, head, rng.integers(9))
+        content[where] = rng.integers(0, 256, len(where))
+        path.write_bytes(content[:rng.integers(head, 4 * len(good))].tobytes())
+        try:
+            resized_crop(load_image(path), (20, 30))
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: ")
+            refused += 1
+    assert 0 < refused < 50
+
+
+# ---------------------------------------------------------------- geometry
+
+@pytest.mark.parametrize(("picture", "how", "box"), [
+    ((200, 100), {}, (25, 0, 175, 100)),
+    ((200, 100), {"u": 0, "v": 0}, (0, 0, 150, 100)),
+    ((200, 100), {"u": 1, "v": 0.3}, (50, 0, 200, 100)),
+    ((200, 100), {"scale": 2}, (62.5, 25, 137.5, 75)),
+    ((200, 100), {"scale": 2, "u": 0, "v": 1}, (0, 50, 75, 100)),
+    ((100, 200), {}, (0, 200 / 3, 100, 400 / 3)),
+    ((20, 10), {"u": 1}, (5, 0, 20, 10))])
+def test_a_crop_is_the_one_computed_by_hand(picture, how, box):
+    H, W = 20, 30
+    seen = np.asarray(resized_crop(coordinates(*picture), (H, W), **how)).astype(float)
+    left, top, right, bottom = box
+    # The filter keeps a ramp where it does not reach over the edge of the picture.
+    x = left + (np.arange(W) + 0.5) * (right - left) / W - 0.5
+    y = top + (np.arange(H) + 0.5) * (bottom - top) / H - 0.5
+    assert seen.shape == (H, W, 3)
+    assert np.abs(seen[1:-1, 1:-1, 0] - x[1:-1]).max() <= 0.51
+    assert np.abs(seen[1:-1, 1:-1, 1] - y[1:-1, None]).max() <= 0.51
+
+
+def test_a_crop_fits_into_the_picture_however_the_division_rounds():
+    for width in range(1, 1001):                                 # 480 (500 / 480) > 500
+        assert resized_crop(Image.new("L", (width, 1000)), (3, 480)).size == (480, 3)
+        assert resized_crop(Image.new("L", (1000, width)), (480, 3)).size == (3, 480)
+
+
+@pytest.mark.parametrize(("picture", "expected"), [((200, 100), (40, 20)), ((100, 200), (30, 60)),
+                                                   ((15, 10), (30, 20))])
+def test_a_whole_picture_covers_the_size_and_keeps_its_shape(picture, expected):
+    assert resize_to_cover(Image.new("RGB", picture), (20, 30)).size == expected
+
+
+def test_bytes_become_float_in_0_to_1_and_floats_stay_as_they_are():
+    image = to_tensor(coordinates(6, 4, blue=255))
+    assert image.shape == (3, 4, 6) and image[:, 2, 5].tolist() == [5, 2, 255]
+    x = as_input(image, "cpu")
+    assert torch.equal(x, image / 255) and x.max() == 1 and as_input(x, "cpu") is x
+
+
+# ---------------------------------------------------------------- --match-colours
+
+@pytest.fixture
+def photo():
+    """Return a smooth picture with fine grain, which is gone at half its size."""
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(60, 180, (6, 8, 3), dtype=np.uint8))
+    grain = 50 * (np.indices((64, 96)).sum(0) % 2)[..., None]
+    return Image.fromarray(np.asarray(small.resize((96, 64))) + grain.astype(np.uint8))
+
+
+@pytest.mark.parametrize("size", [(64, 96), (32, 48)])
+def test_a_recoloured_picture_is_that_of_match_colours_within_rounding(photo, size):
+    mean = torch.tensor([0.6, 0.45, 0.4])
+    cov = 0.004 * torch.tensor([[1.5, 0.8, 0.4], [0.8, 1.2, 0.5], [0.4, 0.5, 0.6]])
+    recoloured = recolour(photo, size, mean, cov)
+    assert recoloured.size == photo.size
+    before, after = (to_tensor(resize_to_cover(image, size)) for image in (photo, recoloured))
+    expected = 255 * match_colours(before.unsqueeze(0) / 255, mean, cov)[0]
+    assert (after - expected).abs().max() <= 1.5                 # colours are measured at this size
+
+
+def test_the_teachers_colours_are_given_to_every_picture_whatever_it_had(photo):
+    torch.manual_seed(0)
+    teacher = freeze(build_model("resnet_tiny", 4))
+    scene = torch.rand(8, 3, 32, 48) * torch.tensor([0.5, 0.3, 0.2]).view(3, 1, 1) + 0.2
+    stem = teacher.net.stem
+    response = stem[0]((scene - teacher.mean) / teacher.std)     # what its first layer remembers
+    stem[1].running_mean, stem[1].running_var = response.mean((0, 2, 3)), response.var((0, 2, 3))
+    matcher = pickle.loads(pickle.dumps(colour_matcher(teacher, (32, 48))))      # for workers
+    for image in (photo, photo.point(lambda value: value // 4)):
+        colours = to_tensor(matcher(image)).float().mean((1, 2)) / 255
+        assert (colours - scene.mean((0, 2, 3))).abs().max() < 0.05

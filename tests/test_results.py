@@ -1,0 +1,238 @@
+"""experiments/tables.py by hand; every table and every claim of a page follows from a record."""
+
+import csv
+import json
+import math
+import re
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+
+from experiments import tables
+from experiments.tables import ORIGINAL, T95, by_row, table, values
+from support import figures
+
+REPOSITORY = Path(__file__).parent.parent
+RESULTS = REPOSITORY / "results"
+PAGE = (RESULTS / "README.md").read_text()
+GENERATED = r"<!-- (table|teachers|teachers transposed): ([^>]*?) -->\n((?:\|.*\n)+)"
+CLAIMS = list(csv.DictReader((RESULTS / "claims.csv").open()))
+
+
+def runs(row, numbers):
+    return [{"row": row, "seed": seed, "student_miou": number / 100,
+             "picks": {"sea": 3, "hills": 1}} for seed, number in enumerate(numbers)]
+
+
+def cells(text):
+    return [line[2:-2].split(" | ") for line in text.split("\n")]
+
+
+# ---------------------------------------------------------------- the arithmetic of tables.py
+
+def test_t95_leaves_two_and_a_half_per_cent_of_students_t_on_each_side():
+    for n, t in T95.items():
+        nu = n - 1
+        scale = math.gamma((nu + 1) / 2) / math.gamma(nu / 2) / math.sqrt(nu * math.pi)
+        step = t / 20_000
+        inside = sum(scale * (1 + ((i + 0.5) * step) ** 2 / nu) ** (-(nu + 1) / 2) * step
+                     for i in range(20_000))
+        assert inside == pytest.approx(0.475, abs=2e-5)
+
+
+def test_an_interval_is_students_t_and_one_number_has_none():
+    assert tables.interval([3, 4, 5]) == "+4.0 ± 2.5"                    # 4.303 x 1 / sqrt(3)
+    assert tables.interval([62, 70], "") == "66.0 ± 50.8"                # 12.706 x 5.657 / sqrt(2)
+    assert tables.interval([-1.5]) == "-1.5"
+
+
+def test_rows_are_paired_by_seed_and_only_where_both_have_it():
+    rows = by_row({"runs": runs("a b", [30, 32, 36]) + runs("c", [40, 50])})
+    assert values(rows, "a b") == pytest.approx([30, 32, 36])
+    assert values(rows, "a b - c") == pytest.approx([-10, -18])
+    assert values(rows, "a b / c") == pytest.approx([75, 64])
+    with pytest.raises(ValueError, match="no row 'd'; the record has a b, c"):
+        values(rows, "a b - d")
+
+
+def test_a_table_compares_rows_with_the_first_and_with_the_original_images():
+    record = {"runs": runs("random", [30, 32, 34]) + runs("nearest", [33, 36, 39])
+              + runs(ORIGINAL, [44, 48, 52])}
+    header, _, random, nearest, original = cells(table(record))
+    assert header == ["row (seeds)", "mIoU, %", "minus the first row", "retention, %", "selected"]
+    assert random == ["random (3)", "32.0 ± 5.0", "", "67", "sea 3, hills 1"]
+    # Differences 3, 4, 5; retention 75 % with each seed.
+    assert nearest == ["nearest (3)", "36.0 ± 7.5", "+4.0 ± 2.5", "75", "sea 3, hills 1"]
+    assert original[3] == "100"
+
+
+def test_a_row_of_a_series_is_compared_within_its_size():
+    record = {"runs": runs("original images, 10 updates", [40, 50])
+              + runs("x, 50 files, 10 updates", [30, 40]) + runs("x, 10 updates", [30, 40])
+              + runs("original images, 20 updates", [50, 50]) + runs("x, 20 updates", [45, 45])}
+    header, _, *lines = cells(table(record, columns="minus|retention"))
+    assert header[1:] == ["minus the first row of its size", "retention, %"]
+    assert [line[2] for line in lines] == ["100", "", "78", "100", "90"]
+    assert [line[1] for line in lines] == ["", "", "-10.0 ± 0.0", "", "-5.0 ± 0.0"]
+    assert len(cells(table(record, "^x"))) == 2 + 3
+
+
+def test_a_table_gives_agreement_and_the_cpu_seconds_without_scoring():
+    record = {"runs": [run | {"agreement_miou": 0.5, "selected": {"sky": 7}, "processor_seconds": {
+        "scoring": 100, "distillation": 10 + run["seed"], "pool": 5, "evaluation": 100}}
+        for run in runs("x", [30, 32])] + runs("y", [31, 33])}
+    header, _, x, y = cells(table(record))
+    assert header[3:] == ["agreement, %", "CPU s", "selected"]
+    assert x[3:] == ["50", "16", "sky 7"] and y[3:] == ["", "", "sea 3, hills 1"]
+
+
+def test_each_teacher_counts_once(tmp_path):
+    for i, (random, nearest) in enumerate(((20, 30), (22, 34))):
+        record = {"runs": runs("random", [random, random + 2])
+                  + runs("nearest (ADS)", [nearest, nearest + 4])}
+        (tmp_path / f"t{i}.json").write_text(json.dumps(record))
+    paths = [tmp_path / "t0.json", tmp_path / "t1.json"]
+    expressions = ("random", "gain = nearest (ADS) - random")
+    header, _, first, second, last = cells(tables.teachers(paths, expressions))
+    assert header == ["teacher (seeds)", "random", "gain"]
+    assert first == ["t0 (2)", "21.0 ± 12.7", "+11.0 ± 12.7"]            # gains 10, 12
+    assert second == ["t1 (2)", "23.0 ± 12.7", "+13.0 ± 12.7"]           # gains 12, 14
+    assert last == ["mean of 2 teachers", "22.0 ± 12.7", "+12.0 ± 12.7"]  # gains 11, 13
+    turned = cells(tables.teachers(paths, expressions, transposed=True))
+    assert turned[3] == ["gain", first[2], second[2], last[2]]
+    with pytest.raises(ValueError, match="expected 2 to 10 records, one per teacher; got 1"):
+        tables.teachers(paths[:1])
+
+
+def test_the_figure_draws_retention_over_cpu_seconds(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save_png", lambda figure, path: drawn.extend(figure.axes),
+                        raising=False)
+    record = {"runs": [
+        {**run, "processor_seconds": {"distillation": steps / 10}} for steps in (10, 20)
+        for row, number in ((ORIGINAL, 50), ("y", 30))
+        for run in runs(f"{row}, {steps} updates", [number, number])]}
+    tables.draw(record, "f.png")
+    lines = {line.get_label(): line for line in drawn[0].lines}
+    assert list(lines) == [ORIGINAL, "y"]
+    assert lines["y"].get_xdata().tolist() == [1, 2]
+    assert lines["y"].get_ydata().tolist() == [60, 60]
+    with pytest.raises(ValueError, match="has no row 'original images'"):
+        tables.draw({"runs": runs("x", [30, 32])}, "")
+
+
+# ---------------------------------------------------------------- the pages
+
+def prose(path):
+    """Return the text of a page without its generated tables, in one line."""
+    return " ".join(re.sub(GENERATED, "", path.read_text()).split())
+
+
+PROSE = prose(RESULTS / "README.md")
+
+
+def load(names):
+    """Return the rows of records of results/, joined by "+"; a CSV has a run per line."""
+    every = []
+    for name in names.split("+"):
+        if name.endswith(".csv"):
+            for group, row, seed, miou, *_ in list(csv.reader((RESULTS / name).open()))[1:]:
+                every.append({"row": f"{group}: {row}", "seed": int(seed),
+                              "student_miou": float(miou) / 100})
+        else:
+            every += tables.read(RESULTS / name)["runs"]
+    return by_row({"runs": every})
+
+
+def recomputed(claim):
+    """Return (number, half-width, count) of a claim; the first two as the page prints them."""
+    numbers = [values(load(names), claim["rows"]) for names in claim["records"].split()]
+    if claim["over"].endswith("teachers"):
+        numbers = [[mean(of_seeds) for of_seeds in numbers]]
+    flat = [number for of_teacher in numbers for number in of_teacher]
+    if claim["unit"] == "pairs":
+        return f"{sum(x > 0 for x in flat)} of {len(flat)}", "", len(flat)
+    sign = "+" if claim["number"].startswith("+") else ""
+    half = ""
+    if len(flat) > 1:
+        spread = 1 + 1 / len(flat) if "prediction" in claim["unit"] else 1 / len(flat)
+        half = f"{T95[len(flat)] * stdev(flat) * spread ** 0.5:.1f}"
+    return f"{mean(flat):{sign}.1f}", half, len(flat)
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim["name"])
+def test_a_claim_follows_from_its_records_and_stands_on_its_pages(claim):
+    number, half, count = recomputed(claim)
+    assert (number, half) == (claim["number"], claim["half_width"])
+    assert count == int(claim["over"].split()[0])
+    printed = f"{number} ± {half}" if half else number
+    for page in claim["page"].split():
+        alone = rf"(?<![\d.]){re.escape(printed)}(?! ±|\d)"
+        assert re.search(alone, prose(REPOSITORY / page)), f"{page} does not say {printed}"
+
+
+def test_every_interval_outside_a_generated_table_is_a_claim():
+    claimed = {f"{claim['number'].lstrip('+-')} ± {claim['half_width']}" for claim in CLAIMS}
+    printed = re.findall(r"\d[\d.]* ± [\d.]*\d", PROSE)
+    assert len(printed) >= 40 and set(printed) <= claimed
+
+
+def test_every_generated_table_follows_from_its_records():
+    found = re.findall(GENERATED, PAGE)
+    assert len(found) >= 5
+    for kind, words, text in found:
+        names, *options = (word.strip() for word in words.split(";"))
+        paths = [REPOSITORY / name for name in names.split()]
+        expected = (table(tables.read(*paths), *options) if kind == "table"
+                    else tables.teachers(paths, options, kind.endswith("transposed")))
+        assert text == expected + "\n", names
+
+
+def teacher_miou(name):
+    return 100 * tables.read(RESULTS / f"{name}.json")["runs"][0]["teacher_miou"]
+
+
+def test_the_teachers_table_has_the_records_numbers():
+    lines = {name: (images, mious) for name, images, mious in re.findall(
+        r"^\| `(\w+)`.* \| [^|]*\((\d+)\) \| ([\d., ]+) \|$", PAGE, re.MULTILINE)}
+    trained = json.loads((RESULTS / "teachers.json").read_text())
+    for name, (images, mious) in lines.items():
+        names = [f"camvid_seed{i}" for i in range(3)] if name == "camvid_seed0" else [name]
+        assert all(trained[each]["images"] == int(images) for each in names)
+        assert mious == ", ".join(f"{teacher_miou(each):.1f}" for each in names), name
+    assert len(lines) == 5
+    assert f"DeepLabV3-ResNet50 ({teacher_miou('gpu/camvid_full'):.1f} % on val)" in PAGE
+
+
+def test_the_pools_have_the_sizes_that_the_page_prints():
+    with (RESULTS / "pool.csv").open() as file:
+        kinds = [row["file"].split("/")[0] for row in csv.DictReader(file)]
+    counts = [kinds.count(kind) for kind in ("street", "photos", "imagenet", "berkeley", "nature")]
+    assert [f"{n:,}" for n in (len(kinds), *counts)] == re.findall(r"[\d,]+\d", PAGE[PAGE.index(
+        "makes the pool of"):])[:6]
+    for name, size in (("facades", "2,667"), ("gpu/camvid_full", "1,728")):
+        runs_of = tables.read(RESULTS / f"{name}.json")["runs"]
+        assert f"{runs_of[0]['pool_images']:,}" == size and size in PAGE
+
+
+def test_fence_and_pavement_lose_most_as_the_page_says():
+    losses = []
+    for name in ("seed0", "seed1", "seed2", "72x96"):
+        rows = load(f"camvid_{name}.json")
+        pairs = [(rows[ORIGINAL][seed]["iou"]["student"], run["iou"]["student"])
+                 for seed, run in rows["recipe"].items()]
+        loss = {kind: 100 * mean(a[kind] - b[kind] for a, b in pairs) for kind in pairs[0][0]}
+        first, second, *_ = sorted(loss, key=loss.get, reverse=True)
+        assert {first, second} == {"fence", "pavement"}
+        losses += [loss[first], loss[second]]
+    assert f"{min(losses):.0f} to {max(losses):.0f} points of IoU" in PAGE
+
+
+def test_synthetic_images_cost_as_many_times_as_the_page_says():
+    rows = load("camvid_generators.json")
+    scoring = max(run["processor_seconds"]["scoring"]
+                  for run in load("camvid_seed0.json")["nearest (ADS)"].values())
+    synthetic, nearest = (mean(tables.cpu_seconds(rows[f"{row}, 2400 updates"]))
+                          for row in ("DeepInversion", "nearest (ADS)"))
+    assert f"{synthetic / (nearest + scoring):.0f} times the CPU time" in PROSE

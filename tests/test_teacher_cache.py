@@ -1,0 +1,97 @@
+"""teacher_cache.py: cached logits and views are those of a fresh pass, in memory and in a file."""
+
+import tempfile
+from types import SimpleNamespace
+from unittest.mock import Mock, call
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pictures import coordinates, write
+from torch import nn
+
+from support import teacher_cache
+from support.data import Batches, Views
+from support.teacher_cache import TeacherCache, comparison_size, resize
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def views(tmp_path):
+    """Return views of seven pictures."""
+    return Views([write(tmp_path / f"{i}.png", coordinates(240, 160, blue=i)) for i in range(7)],
+                 (20, 30), seed=0)
+
+
+@pytest.fixture
+def teacher_pass():
+    torch.manual_seed(0)
+    teacher = nn.Conv2d(3, 4, 3, 2, 1)                           # logits (B, 4, 10, 15)
+    return lambda images: teacher(images).detach()
+
+
+def options(**changed):
+    return SimpleNamespace(**{"views": 3, "steps": 100, "batch_size": 4, "workers": 0, **changed})
+
+
+# The logits of 21 views take 25,200 bytes, the views themselves 37,800.
+@pytest.mark.parametrize("limit", [0, 30_000, 2 ** 32])
+def test_cached_logits_are_those_of_the_teacher_for_the_very_views_of_a_batch(
+        views, teacher_pass, tmp_path, monkeypatch, limit):
+    room = tmp_path / "room"
+    room.mkdir()
+    monkeypatch.setattr(teacher_cache, "MEMORY", limit)
+    file = Mock(wraps=tempfile.TemporaryFile)
+    monkeypatch.setattr(tempfile, "TemporaryFile", file)
+    cache = TeacherCache(teacher_pass, views, options(), CPU, room)
+    assert file.mock_calls[:1] == ([call(dir=room)] if limit == 0 else [])
+    assert not list(room.iterdir())                              # nothing stays behind
+    assert (cache.images is None) == (limit < 37_800) and cache.logits.dtype == torch.float16
+    batches, fresh = Batches(views, 3, cache), Batches(views, 3)
+    for t in range(7):                                           # three epochs
+        images, index, logits = batches[t]
+        assert torch.equal(images, fresh[t][0]) and torch.equal(index, fresh[t][1])
+        torch.testing.assert_close(logits.float(), teacher_pass(images / 255), rtol=1e-3, atol=1e-3)
+    for t in range(7, 14):                                       # then the same views once more
+        assert {view for _, view in batches.keys(t)} <= {0, 1, 2}
+
+
+def test_logits_beyond_float16_are_cut_and_no_more_views_are_cached_than_will_be_used(views):
+    cache = TeacherCache(lambda x: 1e6 * (x[:, :1] - 0.5), views, options(views=24, steps=5), CPU)
+    assert cache.count == 3                                      # of 20 / 7
+    _, logits = cache[[(6, 2), (0, 0)]]
+    assert logits.shape == (2, 1, 20, 30) and logits.abs().max() == 6e4
+    assert TeacherCache(lambda x: x, views, options(views=2), CPU).count == 2
+
+
+def test_a_disk_without_room_is_one_sentence_before_training(views, teacher_pass, tmp_path,
+                                                             monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(teacher_cache, "MEMORY", 0)
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(OSError, match=f"no room for 0 GB .*{tmp_path} .*No space left.*--views 0"):
+        TeacherCache(teacher_pass, views, options(), CPU, tmp_path)
+
+
+@pytest.mark.parametrize(("teacher", "student", "expected"), [
+    (4, 4, (16, 24)), (8, 4, (16, 24)), (1, 4, (16, 24)), (1, 1, (64, 96)),  # the student's own, or
+    (4, 16, (16, 24)), (8, 16, (8, 12)), (1, 16, (16, 24))])     # the teacher's, at most a quarter
+def test_logits_are_compared_at_the_students_size_unless_it_is_coarse(teacher, student, expected):
+    networks = (nn.Conv2d(3, 2, stride, stride).train() for stride in (teacher, student))
+    assert comparison_size(*networks, (64, 96)) == expected
+
+
+def test_resized_logits_are_antialiased_where_they_shrink_and_pass_their_gradient_where_they_grow():
+    logits = torch.rand(2, 3, 16, 24, dtype=torch.bfloat16).requires_grad_()
+    assert resize(logits, (16, 24)) is logits
+    small = resize(logits, (4, 6))
+    assert small.dtype == torch.float32
+    torch.testing.assert_close(small, F.interpolate(logits.float(), (4, 6), mode="bilinear",
+                                                    antialias=True))
+    large = resize(logits, (32, 48))
+    torch.testing.assert_close(large, F.interpolate(logits.float(), (32, 48), mode="bilinear"))
+    large.sum().backward()
+    torch.testing.assert_close(logits.grad.float(), torch.full((2, 3, 16, 24), 4.0))
