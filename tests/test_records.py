@@ -17,7 +17,6 @@ from support import command, records
 from support.images import read_csv
 from support.options import Running, one_sentence, option
 from support.records import (
-    Timer,
     differences,
     digest,
     environment,
@@ -76,14 +75,6 @@ def test_after_a_mistake_the_same_folder_can_be_used_with_other_options(tmp_path
         with open_run(Config(out=str(tmp_path), steps=steps)) as out:
             (out / "skipped.csv").touch()
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == 2
-
-
-def test_resume_and_the_folder_are_enough_to_resume_a_run(tmp_path):
-    cfg = Config(out=str(tmp_path / "run"), steps=7, size=(64, 96), amp="off")
-    started(cfg)
-    words = ["--resume", "--out", str(tmp_path / "run")]
-    assert in_folder(lambda *both: both, Config, words, "") == (
-        dataclasses.replace(cfg, resume=True), tmp_path / "run")
 
 
 def test_a_run_is_not_resumed_where_there_is_none_or_a_finished_one(tmp_path):
@@ -180,16 +171,6 @@ def test_the_environment_is_recorded_with_and_without_git(monkeypatch, tmp_path)
     assert environment(torch.device("cpu")) == {**known, "commit": None}
 
 
-def test_a_timer_gives_each_stage_its_wall_and_processor_seconds(monkeypatch):
-    wall, processor = iter([10.0, 11.5, 15.5]), iter([1.0, 2.0, 9.5])
-    monkeypatch.setattr(records, "perf_counter", lambda: next(wall))
-    monkeypatch.setattr(records, "process_time", lambda: next(processor))
-    timer = Timer()
-    timer("scoring")
-    timer("distillation")
-    assert timer == {"scoring": (1.5, 1.0), "distillation": (4.0, 7.5)}
-
-
 def metrics_of(results, cfg):
     teacher = SimpleNamespace(class_names=["road", "sky"], mean=torch.zeros(1))
     result = {"scores": torch.rand(50), "skipped": ["a", "b", "c"], "files": list(range(40))}
@@ -213,22 +194,3 @@ def test_the_metrics_count_images_and_times_as_by_hand():
     assert metrics["config"]["steps"] == 4
     bare = metrics_of({"agreement": result(0.75)}, Config(steps=100, batch_size=8))
     assert bare["student_miou"] is bare["teacher_miou"] is None and bare["seen_images"] == 40
-
-
-@pytest.mark.parametrize(("dataset", "last"), [
-    ("voc", "student mIoU 50.1%, teacher 60.0%, agreement with the teacher 70.0% (pixels 80.0%)"),
-    ("none", "agreement with the teacher 70.0% (pixels 80.0%)")])
-def test_the_last_lines_give_the_result_with_and_without_labels(
-        tmp_path, monkeypatch, capsys, dataset, last):
-    monkeypatch.setattr(command.figures, "run_figure", lambda *_: None)
-    monkeypatch.setattr(command, "run_metrics", lambda *_: {
-        "stage_seconds": {"scoring": 1.4, "distillation": 61}, "pool_images": 2000,
-        "selected_images": 400, "seen_images": 300, "student_miou": 0.5012, "teacher_miou": 0.6,
-        "agreement_miou": 0.7, "agreement_pixels": 0.8})
-    (tmp_path / "state.pt").touch()
-    command.save_report(Config(dataset=dataset), tmp_path, None, {"timer": Timer(), "curve": []},
-                        None, None, Timer())
-    assert capsys.readouterr().out.strip().splitlines() == [
-        "2000 pool images scored, 400 selected, 300 seen in 900 updates",
-        "scoring 1 s, distillation 61 s", f"record and figure: {tmp_path}", last]
-    assert sorted(os.listdir(tmp_path)) == ["curve.csv", "metrics.json"]         # no state is left

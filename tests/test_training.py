@@ -1,6 +1,5 @@
 """training.py: the learning rate by hand, runs that resume to the bit, and losses that blow up."""
 
-import errno
 import math
 import os
 import signal
@@ -157,14 +156,9 @@ def test_a_state_changes_nothing_and_a_finished_run_is_not_trained_again(often, 
 
 def test_the_state_of_another_run_is_refused_with_its_name(tmp_path):
     train(network(), steps=2, out=tmp_path, about=("this",))
-    message = r"state\.pt is not a state of this run; delete it to start over"
-    for other in ({"model": network(seed=1)}, {"model": nn.Conv2d(3, 5, 1)}, {"about": ("that",)},
-                  {"seed": 1}):
-        with pytest.raises(ValueError, match=message):
-            train(**{"model": network(), "steps": 2, "out": tmp_path, "about": ("this",)} | other)
-    checkpoint.save({"step": 1}, tmp_path / "state.pt")
-    with pytest.raises(ValueError, match=message):
-        train(network(), steps=2, out=tmp_path)
+    for model, about in ((network(1), "this"), (nn.Conv2d(3, 5, 1), "this"), (network(), "that")):
+        with pytest.raises(ValueError, match=r"state\.pt is not a state of this run; delete it to"):
+            train(model, steps=2, out=tmp_path, about=(about,))
 
 
 def test_a_state_is_saved_at_least_every_so_many_seconds_and_at_the_end(tmp_path, monkeypatch):
@@ -211,33 +205,6 @@ def test_a_loading_process_that_dies_is_one_sentence_and_hangs_nothing(capsys):
         one_sentence(lambda: train(network(), data=Deadly(), workers=1))()
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: a process that loads images died") and "--workers" in last
-
-
-class Buggy(Noise):
-    def __getitem__(self, t):
-        return {}["a bug"]
-
-
-def test_a_bug_in_a_loading_process_keeps_its_traceback():
-    with pytest.raises(KeyError, match="a bug"):
-        one_sentence(lambda: train(network(), data=Buggy(), workers=1))()
-
-
-def test_a_disk_that_fills_up_stops_with_the_last_good_state(often, tmp_path, monkeypatch):
-    rename = os.replace
-
-    def full(source, target):
-        if checkpoint.load(source)["step"] == 8:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        rename(source, target)
-
-    with monkeypatch.context() as patch, pytest.raises(
-            OSError, match=r"could not write .*state\.pt: No space left.*free some space"):
-        patch.setattr(checkpoint.os, "replace", full)
-        train(network(), out=tmp_path)
-    assert checkpoint.load(tmp_path / "state.pt")["step"] == 4
-    assert os.listdir(tmp_path) == ["state.pt"]
-    assert same(train(network(), out=tmp_path), train(network()))
 
 
 # ---------------------------------------------------------------- losses that blow up
