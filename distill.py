@@ -19,7 +19,7 @@ Symbols
     B images of a batch, K classes, H W pixels, h w of the logits, N pool images.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from ads_sampler import sample
 from bn_stats import bn_layers, image_distances, select_layers
 from evaluate import evaluate, predict, report
 from kd_loss import channelwise_kd, pixelwise_kd
-from models import MODELS, freeze, wrap
+from models import freeze, wrap
 from priority import SCHEDULES, progressive_weights, sample_weights, weighted_loss
 from support import checkpoint, command, figures, records
 from support.checks import check_inputs
@@ -140,23 +140,19 @@ inputs, method, training, running = (partial(option, group=g) for g in (
 
 @dataclass(frozen=True)
 class Config(command.Inputs):    # and: teacher, pool, image_size, metric, layers, match_colours
-    student_model: str = inputs("resnet_tiny", "student network: FILE.py:FUNCTION, or one of "
-                                + ", ".join(MODELS))
+    student_model: str = inputs("resnet_tiny", "student network, named like --teacher-model")
     student_weights: str = inputs("none", "pretrained on ImageNet", ("none", "imagenet"))
     budget: int = inputs(400, "pool images to learn from; 0 takes all")
     sampling: str = method("nearest", "select by distance, by the teacher's confidence, at random",
                            ("nearest", "confidence", "random"))
-    weighting: str = method("minmax", "weights from distances, or from their ranks",
-                            ("minmax", "rank"))
+    weighting: str = method("minmax", "weights from distances or ranks", ("minmax", "rank"))
     schedule: str = method("linear", "relax weights to 1, keep them fixed, or use none", SCHEDULES)
     pixelwise: float = method(1.0, "factor of the pixel-wise KD loss")
     channelwise: float = method(1.0, "factor of the channel-wise KD loss")
-    teacher_temperature: float = method(1.0, "divides the teacher's logits; below 1 sharpens them",
-                                        min=0.01)
+    teacher_temperature: float = method(1.0, "below 1 sharpens the teacher's logits", min=0.01)
     views: int | None = training(None, "cached views per photo; 0: a new view at each step "
-                                 "(default: 24; 8 for the drawn scenes)")
-    steps: int | None = training(None, "number of updates (default: 7200; 500 for the drawn "
-                                 "scenes)", min=1)
+                                 "(default: 24; drawn scenes: 8)")
+    steps: int | None = training(None, "updates (default: 7200; drawn scenes: 500)", min=1)
     batch_size: int = training(16, "images per update", min=1)
     lr: float = training(0.01, "highest learning rate")
     dry_run: bool = running(False, "score the pool, say whether it fits, and stop")
@@ -179,8 +175,8 @@ def run(cfg, out):
     timer = records.Timer()
     if cfg.dataset == "scenes" and not (cfg.data_root or cfg.pool or cfg.teacher):
         root, teacher = builtin_teacher(cfg.image_size, cfg.device, cfg.amp)
-        cfg = replace(cfg, data_root=root, pool=f"{root}/pool", teacher=teacher)
-        cfg = with_defaults(cfg, steps=500, views=8)
+        cfg = with_defaults(cfg, data_root=root, pool=f"{root}/pool", teacher=teacher, steps=500,
+                            views=8)
     cfg = with_defaults(cfg, **DEFAULTS)
     teacher, files, held_out = command.open_inputs(cfg, out)
     timer("scenes and teacher")

@@ -25,11 +25,13 @@ from support.data import iterate
 from support.images import as_input
 from support.options import pick_amp, pick_workers
 from support.progress import progress
-from support.records import identity
+from support.records import digest
 
 CHECK_EVERY = 50          # steps between two checks of the loss; each check waits for the device
 SAVE_EVERY = 500          # steps between two resumable states, or after
 SAVE_SECONDS = 60         # this many seconds, whichever comes first
+PARTS = ("model", "optimizer", "scheduler", "scaler")     # of a state
+BAD = "{} became infinite or NaN at step {}; lower --lr, or use --amp off. Nothing bad was saved"
 
 
 def warmup_poly(optimizer, steps):
@@ -52,7 +54,8 @@ class Training:
     def __init__(self, model, optimizer, scheduler, cfg, out=None, about=()):
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.cfg, self.path = cfg, out / "state.pt" if out else None
-        self.about = identity(cfg, model, *about) if out else None
+        self.about = [digest(cfg), *(checkpoint.fingerprint(x) if isinstance(x, torch.nn.Module)
+                                     else str(x) for x in (model, *about))]
         self.device = next(model.parameters()).device
         # Channels-last is the faster layout in mixed precision. In float32 on a CPU it gains
         # nothing, and torch 2.14.1 corrupts memory there in the backward pass of a strided 1x1
@@ -68,39 +71,30 @@ class Training:
     def load(self, path):
         """Resume from the state in a file; ValueError if it belongs to another run."""
         state = checkpoint.load(path)
-        try:
-            if state["about"] != self.about:
-                raise ValueError("another teacher, student or other options")
-            self.model.load_state_dict(state["model"])
-            for name in ("optimizer", "scheduler", "scaler"):
-                getattr(self, name).load_state_dict(state[name])
-            self.done, self.curve, self.losses = state["step"], state["curve"], state["losses"]
-            self.losses = [x.to(self.device) for x in self.losses]
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        if state.get("about") != self.about:
             raise ValueError(f"{path} is not a state of this run; delete it to start over, or "
-                             "choose another folder") from error
+                             "choose another folder")
+        for name in PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        self.done, self.curve = state["step"], state["curve"]
+        self.losses = [x.to(self.device) for x in state["losses"]]
 
     def save(self):
         """Save the state; ValueError, and nothing is written, if loss or weights are not finite."""
         self.check_loss()
         if not all(x.isfinite().all() for x in self.model.state_dict().values()):
-            raise ValueError(f"the weights became infinite or NaN by step {self.done}; lower --lr, "
-                             "or use --amp off. Nothing bad was saved")
+            raise ValueError(BAD.format("a weight", self.done))
         if self.path:
             checkpoint.save({
                 "about": self.about, "step": self.done, "curve": self.curve, "losses": self.losses,
-                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict(),
-            }, self.path)
+                **{name: getattr(self, name).state_dict() for name in PARTS}}, self.path)
 
     def check_loss(self):
         """Return the mean loss since the last check; ValueError names a step that is not finite."""
         losses = torch.stack(self.losses) if self.losses else torch.zeros(1)
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
-            step = self.done - len(losses) + int(bad[0]) + 1
-            raise ValueError(f"the loss became infinite or NaN at step {step}; lower --lr, or use "
-                             "--amp off. Nothing bad was saved")
+            raise ValueError(BAD.format("the loss", self.done - len(losses) + int(bad[0]) + 1))
         return losses.mean().item()
 
     def autocast(self):

@@ -73,7 +73,7 @@ BAD_NETWORKS = {
     "NaN mean": (lambda: {"teacher": broken("running_mean", torch.nan)}, "NaN or negative"),
     "negative variance": (lambda: {"teacher": broken("running_var", -1.0)}, "NaN or negative"),
     "infinite weight": (lambda: {"teacher": broken("weight", torch.inf)}, "NaN or negative"),
-    "frozen": (lambda: {"student": network().requires_grad_(False)}, "weights .* are frozen"),
+    "frozen": (lambda: {"student": network().requires_grad_(False)}, "rehearsed training step"),
     "a tuple": (lambda: {"student": Returns(tuple_in_training)}, "rehearsed training step"),
     "one image": (lambda: {"student": build_model("deeplabv3_mobilenet_v2", 3), "batch_size": 1},
                   r"rehearsed training step on \(1, 3, 32, 48\) images: Expected more than 1"),

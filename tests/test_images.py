@@ -20,29 +20,26 @@ from support.records import write_csv
 # ---------------------------------------------------------------- files
 
 def test_images_are_found_below_a_folder_sorted_and_whatever_the_case_of_their_suffix(tmp_path):
-    for name in ("sub/c.JPeG", "sub/.d.png", "notes.txt", "b.PNG", "z.heic", "a.jpg"):
+    for name in ("sub/c.JPeG", "sub/.d.png", ".e/f.png", "notes.txt", "b.PNG", "z.heic", "a.jpg",
+                 "sub-2/g.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     names = [path.relative_to(tmp_path).as_posix() for path in find_images(str(tmp_path))]
-    assert names == ["a.jpg", "b.PNG", "sub/c.JPeG", "z.heic"]
+    assert names == ["a.jpg", "b.PNG", "sub/c.JPeG", "sub-2/g.png", "z.heic"]
 
 
-def test_links_to_folders_are_followed_each_folder_once_and_dead_links_are_left_to_the_reader(
-        tmp_path):
-    pool, other = tmp_path / "pool", tmp_path / "other"
+def test_links_to_folders_are_followed_and_dead_links_are_left_to_the_reader(tmp_path):
+    pool, other = tmp_path / "pool [1]", tmp_path / "other"
     write(pool / "a.png", coordinates(6, 4))
     write(other / "deeper" / "b.png", coordinates(6, 4))
-    for name, target in (("second", other), ("first", other), ("round", pool),
-                         ("self.png", pool / "self.png"), ("nowhere.png", tmp_path / "nowhere")):
+    for name, target in (("first", other), ("nowhere.png", tmp_path / "nowhere")):
         (pool / name).symlink_to(target)
-    (other / "back").symlink_to(pool)
     files = find_images(pool)
     assert [path.relative_to(pool).as_posix() for path in files] == [
-        "a.png", "first/deeper/b.png", "nowhere.png", "self.png"]
-    for path in files[2:]:
-        with pytest.raises(ValueError, match=path.name):
-            load_image(path)
-    assert drop_copies(files, [files[3]]) == (files, [])
+        "a.png", "first/deeper/b.png", "nowhere.png"]
+    with pytest.raises(ValueError, match="nowhere.png"):
+        load_image(files[2])
+    assert drop_copies(files, [files[2]]) == (files, [])
 
 
 def test_a_table_stands_for_a_folder_in_its_own_order_and_may_come_from_windows(tmp_path):
@@ -118,12 +115,6 @@ def test_the_camera_s_orientation_is_applied_unless_a_label_belongs_to_the_pixel
     top, bottom = image.getpixel((16, 8)), image.getpixel((16, 56))
     assert image.size == (32, 64) and top[0] > 200 > top[2] and bottom[2] > 200 > bottom[0]
     assert load_image(path, upright=False).size == (64, 32)
-
-
-@pytest.mark.parametrize("suffix", ["png", "webp"])
-def test_a_picture_whose_exif_is_damaged_is_read(tmp_path, suffix):
-    path = write(tmp_path / f"a.{suffix}", Image.new("RGB", (8, 6), "red"), exif=b"damaged")
-    assert load_image(path).size == (8, 6)
 
 
 def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path):
