@@ -41,8 +41,7 @@ def confusion_matrix(prediction, target, num_classes, ignore_index=255):
     count. ValueError if shapes differ or a value lies outside 0..K-1.
     """
     if prediction.shape != target.shape:
-        raise ValueError(f"prediction and target must have the same shape; got {prediction.shape} "
-                         f"and {target.shape}")
+        raise ValueError(f"both must have the same shape; got {prediction.shape}, {target.shape}")
     counted = target != ignore_index
     truth, guess = target[counted].long(), prediction[counted].long()              # (n,) each
     check_values("target", truth, num_classes, ignore_index)

@@ -50,11 +50,7 @@ def load_teacher(cfg):
         model = checkpoint.load_model(cfg.teacher, cfg.teacher_model, cfg.num_classes)
     else:
         raise ValueError("no teacher: give --teacher, or --teacher-model and --teacher-weights")
-    size = cfg.image_size or model.image_size
-    if not size:
-        size = DATASETS[cfg.dataset][1]
-        print(f"the teacher's image size is unknown: {size} is used; --image-size names another")
-    model.image_size = size
+    model.image_size = cfg.image_size or model.image_size or DATASETS[cfg.dataset][1]
     return freeze(model).to(pick_device(cfg.device), memory_format=torch.channels_last)
 
 
@@ -105,10 +101,10 @@ def open_inputs(cfg, out=None):
 def record_selection(result, cfg, out):
     """Print the outcome of steps 1 to 4 of the method; with `out`, write chosen.csv, too."""
     d, w, scores = result["distances"], result["weights"], result["scores"]
-    unusable = len(result["skipped"])
+    unusable, (height, width) = len(result["skipped"]), result["pool"].size
     start, end = (effective_sample_size(progressive_weights(w, p, cfg.schedule)) for p in (0, 1))
     print(f"1 teacher   {len(result['layers'])} BatchNorm layers read\n"
-          f"2 scored    {len(scores) - unusable} images; {unusable} cannot be used\n"
+          f"2 scored    {len(scores) - unusable} images at {height}x{width}, {unusable} unusable\n"
           f"3 selected  {len(w)} ({cfg.sampling}), score {d[0]:.4g} to {d[-1]:.4g}, median of the "
           f"pool {scores.nanmedian():.4g}\n4 weighted  {cfg.schedule}: effective sample size "
           f"{start:.0f} at the start, {end:.0f} at the end")

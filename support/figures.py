@@ -38,14 +38,12 @@ def picture_row(figure, pictures, title, titles=None):
         ax.imshow(picture)
 
 
-def legend(figure, class_names):
-    """Name the colour of each class below a figure."""
-    colours = [*class_colours(class_names), WHITE]
+def legend(figure, class_names, colours):
+    """Name the colour of each class, and of void, below a figure."""
     # A dollar sign would start a formula.
-    patches = [Patch(facecolor=np.array(c) / 255, edgecolor=GREY, label=name.replace("$", r"\$"))
+    patches = [Patch(facecolor=c / 255, edgecolor=GREY, label=name.replace("$", r"\$"))
                for c, name in zip(colours, [*class_names, "void"], strict=True)]
-    figure.legend(handles=patches, loc="outside lower center", fontsize=8, frameon=False,
-                  ncols=min(len(patches), 10))
+    figure.legend(handles=patches, loc="outside lower center", fontsize=8, frameon=False, ncols=10)
 
 
 def histogram(ax, scores, selected, sampling):
@@ -118,7 +116,7 @@ def run_figure(result, teacher, cfg, rows, path):
     """Write the figure of a run: from the pool to the student's masks. rows: of `examples`."""
     colours = np.array([*class_colours(teacher.class_names), WHITE], dtype=np.uint8)
     figure = Figure(figsize=(11, 6.3 + 1.45 * len(rows)), layout="constrained")
-    legend(figure, teacher.class_names)
+    legend(figure, teacher.class_names, colours)
     top, *parts = figure.subfigures(
         3 + len(rows), 1, height_ratios=[2.6, 1, 1] + [1.35] * len(rows))
     left, right = top.subplots(1, 2, width_ratios=(3, 2))

@@ -98,8 +98,7 @@ def parse(config_class, argv, description, recorded=None):
 
     recorded: {name: value} of an earlier run, for the options that the words do not name.
     """
-    parser = argparse.ArgumentParser(description=description, usage="%(prog)s [options]",
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=description, usage="%(prog)s [options]")
     groups = {"options": parser}                               # argparse's own group, with --help
     for f in sorted(fields(config_class), key=lambda f: GROUPS.index(f.metadata["group"])):
         name = f.metadata["group"]
@@ -127,12 +126,10 @@ def pick_device(name):
     if name.startswith("cuda") and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"torch cannot compute on --device {name} here "
                          f"({str(error).splitlines()[0]}); use --device cpu") from error
-    return device
 
 
 def set_deterministic():

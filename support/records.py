@@ -13,7 +13,6 @@ import platform
 import shlex
 import subprocess
 import sys
-from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -68,18 +67,20 @@ def read_config(config_class, argv, description):
     cfg = parse(config_class, argv, description, {**recorded, "resume": True})
     changed = differences(asdict(cfg), asdict(config_class()) | recorded)
     if changed:
-        raise ValueError(f"the run in {out} has another config ({'; '.join(changed)}); resume it "
-                         "with its own options, or choose another --out")
+        raise ValueError(f"the run in {out} has another config ({'; '.join(changed)})")
     return cfg
 
 
-@contextmanager
-def open_run(cfg):
-    """Yield the folder of this run, made if need be, with its config.json.
+def in_folder(run, config_class, argv, description):
+    """Return run(cfg, folder) for the options in the words `argv`.
 
-    It is --out, or the next number below runs/. ValueError if it holds something and --resume was
-    not given. An error that can be overcome gets the command that resumes the run as a note.
+    The folder is --out, or the next number below runs/, made if need be, with its config.json.
+    ValueError if it holds something and --resume was not given. An error that can be overcome gets
+    the command that resumes the run as a note.
     """
+    cfg = read_config(config_class, argv, description)
+    if cfg.deterministic:
+        set_deterministic()
     taken = [int(p.name) for p in Path("runs").glob("*") if p.name.isdigit()]
     out = Path(cfg.out or f"runs/{max(taken, default=0) + 1:03d}")
     if started(out) and not cfg.resume:
@@ -87,21 +88,12 @@ def open_run(cfg):
     if not cfg.resume:
         checkpoint.save_json(asdict(cfg), out / "config.json")
     try:
-        yield out
+        return run(cfg, out)
     except (KeyboardInterrupt, OSError, RuntimeError) as error:
         if not isinstance(error, FileNotFoundError):          # a mistyped path is not resumed
             words = shlex.join([sys.argv[0], "--resume", "--out", str(out)])
-            error.__notes__ = [f"resume with: python {words}"]         # the outer of two runs
+            error.add_note(f"resume with: python {words}")
         raise
-
-
-def in_folder(run, config_class, argv, description):
-    """Return run(cfg, folder) for the options in the words `argv`."""
-    cfg = read_config(config_class, argv, description)
-    if cfg.deterministic:
-        set_deterministic()
-    with open_run(cfg) as out:
-        return run(cfg, out)
 
 
 # ---------------------------------------------------------------- tables
@@ -120,9 +112,8 @@ def write_selection(out, result):
     """
     files = [str(path) for path in result["files"]]
     if (out / "state.pt").exists() and files != [r[0] for r in read_csv(out / "chosen.csv")[1:]]:
-        raise ValueError(f"the run in {out} began with other images of the pool, those in its "
-                         "chosen.csv (or on a device that rounds differently); restore these and "
-                         "resume, or choose another --out")
+        raise ValueError(f"the run in {out} began with other images of the pool; restore those in "
+                         "its chosen.csv, or choose another --out")
     write_csv(out / "chosen.csv", ("file", "distance", "weight"), zip(
         files, result["distances"].tolist(), result["weights"].tolist(), strict=True))
     before = read_csv(out / "skipped.csv")[1:] if (out / "skipped.csv").exists() else []
@@ -152,12 +143,12 @@ class Timer(dict):
 
 def environment(device, amp="auto"):
     """Return what a number depends on besides the config: versions, hardware, precision, commit."""
-    processor = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    processor = torch.cpu.get_capabilities().get("cpu_name", platform.machine()) + " CPU"
     failed, commit = subprocess.getstatusoutput(
         f'git -C "{Path(__file__).parent}" rev-parse --short HEAD')       # no git: failed, too
-    return {name: version(name) for name in ("torch", "torchvision", "pillow")} | {
-        "python": platform.python_version(), "threads": torch.get_num_threads(),
-        "commit": None if failed else commit,
+    return {
+        "python": platform.python_version(), "torch": torch.__version__,
+        "torchvision": version("torchvision"), "pillow": version("pillow"),
+        "threads": torch.get_num_threads(), "commit": None if failed else commit,
         "precision": str(pick_amp(amp, device) or torch.float32),
-        "device": (torch.cuda.get_device_name(device) if device.type == "cuda"
-                   else f"{processor} CPU")}
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor}

@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import PIL
 import torch
-from torch.utils.data import DataLoader
 
 from ads_sampler import score_pool
 from bn_stats import bn_layers, image_distances, select_layers
@@ -32,7 +31,7 @@ from support.checkpoint import atomic, fingerprint
 from support.command import Inputs, open_inputs
 from support.data import iterate, open_pool
 from support.images import as_input
-from support.options import one_sentence, parse, pick_workers, set_deterministic
+from support.options import one_sentence, parse, set_deterministic
 from support.progress import progress
 
 BATCH = 16                      # fixed: convolutions round a little differently at other sizes
@@ -83,9 +82,8 @@ def cached_scores(score, pool, device, workers=None, path=None, rank=0, processe
     """
     stored = open_scores(path, len(pool))
     batches = [range(i, min(i + BATCH, len(pool))) for i in range(0, len(pool), BATCH)]
-    # Files that could not be read are tried again.
-    todo = [batch for batch in batches[rank::processes]
-            if np.isnan(stored[batch]).any() or (stored[batch] == MISSING).any()]
+    # A comparison with NaN is false: files that could not be read are tried again.
+    todo = [batch for batch in batches[rank::processes] if not (stored[batch] > MISSING).all()]
 
     def score_batch(batch):
         index, images, readable = batch
@@ -96,10 +94,8 @@ def cached_scores(score, pool, device, workers=None, path=None, rank=0, processe
         return scores
 
     if todo:
-        loader = DataLoader(pool, batch_sampler=todo, pin_memory=device.type == "cuda",
-                            num_workers=pick_workers(workers, device))
-        score_pool(score_batch, progress(iterate(loader), "scoring", total=len(todo),
-                                         disable=rank > 0))
+        loader = iterate(pool, device, workers, batch_sampler=todo)
+        score_pool(score_batch, progress(loader, "scoring", total=len(todo), disable=rank > 0))
     elif path and rank == 0:
         print(f"the scores of this pool are read from {path}")
     scores = torch.from_numpy(np.array(stored))
@@ -117,8 +113,7 @@ def unusable(pool, scores):
         except ValueError as error:
             reasons.append(str(error))
     if len(reasons) > len(pool) / 2:
-        raise ValueError(f"{len(reasons)} of {len(pool)} files of the pool cannot be used; the "
-                         f"first is {reasons[0]}")
+        raise ValueError(f"{len(reasons)} of {len(pool)} files of the pool are bad; {reasons[0]}")
     return reasons
 
 

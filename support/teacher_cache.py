@@ -20,11 +20,9 @@ import tempfile
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 
 from support.data import iterate
 from support.images import as_input
-from support.options import pick_workers
 from support.progress import progress
 
 MEMORY = 4 * 2 ** 30      # bytes of views, and of logits, that are kept in memory
@@ -85,9 +83,9 @@ class TeacherCache:
         self.views, self.images, batch_size = views, None, cfg.batch_size
         self.count = min(cfg.views, math.ceil(cfg.steps * batch_size / len(views.files)))
         keys = [(index, view) for index in range(len(views.files)) for view in range(self.count)]
-        loader = DataLoader(views, batch_size, sampler=keys, pin_memory=device.type == "cuda",
-                            num_workers=pick_workers(cfg.workers, device))
-        for i, images in enumerate(progress(iterate(loader), "teacher logits", total=len(loader))):
+        loader = iterate(views, device, cfg.workers, batch_size=batch_size, sampler=keys)
+        steps = math.ceil(len(keys) / batch_size)
+        for i, images in enumerate(progress(loader, "teacher logits", total=steps)):
             logits = teacher_pass(as_input(images, device))                   # (B, K, h, w)
             logits = logits.clamp(-6e4, 6e4).half()           # float16 holds no more than 65,504
             if i == 0:

@@ -13,17 +13,15 @@ Use it
     run.curve                                              # [(step, mean loss), ...]
 """
 
-import sys
 import time
 from contextlib import closing
 
 import torch
-from torch.utils.data import DataLoader
 
 from support import checkpoint
 from support.data import iterate
 from support.images import as_input
-from support.options import pick_amp, pick_workers
+from support.options import pick_amp
 from support.progress import progress
 from support.records import digest
 
@@ -72,8 +70,7 @@ class Training:
         """Resume from the state in a file; ValueError if it belongs to another run."""
         state = checkpoint.load(path)
         if state.get("about") != self.about:
-            raise ValueError(f"{path} is not a state of this run; delete it to start over, or "
-                             "choose another folder")
+            raise ValueError(f"{path} is not a state of this run; delete it to start over")
         for name in PARTS:
             getattr(self, name).load_state_dict(state[name])
         self.done, self.curve = state["step"], state["curve"]
@@ -112,12 +109,9 @@ class Training:
         Images become float32 in [0, 1]. OSError for a file that can no longer be read, ValueError
         when the loss is not finite. Whatever stops it, training resumes from the last state.
         """
-        # Forked processes share the cache with this one; others would get a copy of it.
-        workers, steps = pick_workers(self.cfg.workers, self.device), self.cfg.steps
-        fork = "fork" if workers and sys.platform == "linux" else None
-        loader = iterate(DataLoader(
-            dataset, batch_size=None, sampler=range(self.done, steps), num_workers=workers,
-            pin_memory=self.device.type == "cuda", multiprocessing_context=fork))
+        steps = self.cfg.steps
+        loader = iterate(dataset, self.device, self.cfg.workers, batch_size=None,
+                         sampler=range(self.done, steps))
         self.save()          # an interrupted caller of the Python API starts again from here
         self.model.train()
         bar = progress(name=name, initial=self.done, total=steps)

@@ -315,24 +315,6 @@ def test_another_run_in_the_same_folder_is_refused_and_its_student_left_alone(
     assert identical(unet(seed=2).state_dict(), same_shape.state_dict())
 
 
-class NotFinite(UNet):
-    """A teacher whose logits are NaN for dark images, although its statistics are fine."""
-
-    def forward(self, x):
-        dark = x.mean((1, 2, 3), keepdim=True) < 0.45
-        return super().forward(x)["out"].masked_fill(dark, torch.nan)
-
-
-def test_a_teacher_whose_logits_are_not_finite_is_named_with_the_file(pool_folder):
-    torch.manual_seed(0)
-    teacher = with_random_statistics(NotFinite())
-    cfg = dataclasses.replace(CONFIG, budget=0)
-    message = r"the teacher's logits for (.*\.png) are infinite or NaN; use --amp off"
-    with pytest.raises(ValueError, match=message) as caught:
-        distill.distill(teacher, unet(), pool_folder, (32, 64), cfg)
-    assert np.asarray(Image.open(re.match(message, str(caught.value))[1])).mean() < 255 / 2
-
-
 # ---------------------------------------------------------------- which photos are used
 
 def test_images_to_evaluate_on_are_left_out_of_the_pool(world, tmp_path, capsys):
@@ -359,7 +341,7 @@ def test_unreadable_files_are_skipped_and_named_and_more_than_half_stop_the_run(
     assert "00.png" not in (tmp_path / "a/chosen.csv").read_text()
     for path in sorted(pool.glob("*.png"))[:21]:
         path.write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match=r"22 of 41 files of the pool.*the first is .*00\.png"):
+    with pytest.raises(ValueError, match=r"22 of 41 files of the pool.*00\.png"):
         run(world, "--pool", pool, out=tmp_path / "b")
 
 
@@ -376,7 +358,6 @@ BAD_INPUTS = [
     ("--split train", "no folder"), ("--layers encoder", "no BatchNorm layer matches 'encoder'"),
     ("--metric l1", "invalid choice"), ("--teacher-temperature 0", "at least 0.01; got 0"),
     ("--lr nan", "--lr takes a number of at least 0; got nan"), ("--out full", "is not empty"),
-    ("--out pool/run", "lies in the pool"),
     ("--dataset scenes --data-root ", "--dataset is missing"),
     ("--dataset none --pool dark", "no image held out for agreement is readable: dark"),
     ("--device cuda:99", "torch cannot compute on --device cuda:99"),

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_a_default_is_given_to_options_that_are_none():
 
 
 @pytest.mark.parametrize(("config", "words"), [
-    (Config, "--name c"), (Config, "--steps 1.5"), (Config, "--size 64"), (Config, "--step 1"),
+    (Config, "--name c"), (Config, "--steps 1.5"), (Config, "--size 64"), (Config, "--x 1"),
     (Needy, "--steps 1")])
 def test_words_that_do_not_fit_are_refused_with_exit_code_2(config, words, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -112,7 +113,8 @@ def test_under_torchrun_each_process_gets_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(ValueError, match="torch cannot compute on --device cuda:1"):
         pick_device("cuda")
-    monkeypatch.setattr(torch, "empty", lambda size, device: None)
+    monkeypatch.setattr(torch, "empty", lambda size, device: SimpleNamespace(
+        device=torch.device(device)))
     assert pick_device("cuda") == torch.device("cuda:1") and pick_device("cpu") == CPU
 
 

@@ -162,9 +162,6 @@ def test_the_state_of_another_run_is_refused_with_its_name(tmp_path):
                   {"seed": 1}):
         with pytest.raises(ValueError, match=message):
             train(**{"model": network(), "steps": 2, "out": tmp_path, "about": ("this",)} | other)
-    checkpoint.save({"step": 1}, tmp_path / "state.pt")
-    with pytest.raises(ValueError, match=message):
-        train(network(), steps=2, out=tmp_path)
 
 
 def test_a_state_is_saved_at_least_every_so_many_seconds_and_at_the_end(tmp_path, monkeypatch):
@@ -262,7 +259,7 @@ def test_weights_that_are_not_finite_behind_a_finite_loss_are_not_saved(often, t
         return (0 * value).sqrt() if step + 1 == 8 else value
 
     for out in (None, tmp_path):                  # nor does a caller get them without a folder
-        with pytest.raises(ValueError, match="weights became infinite or NaN by step 8; lower"):
+        with pytest.raises(ValueError, match="a weight became infinite or NaN at step 8; lower"):
             train(network(), loss, out=out)
     assert checkpoint.load(tmp_path / "state.pt")["step"] == 4
 
