@@ -113,7 +113,7 @@ def unusable(pool, scores):
         except ValueError as error:
             reasons.append(str(error))
     if len(reasons) > len(pool) / 2:
-        raise ValueError(f"{len(reasons)} of {len(pool)} files of the pool are bad; {reasons[0]}")
+        raise ValueError(f"{len(reasons)} of {len(pool)} pool files are unusable: {reasons[0]}")
     return reasons
 
 

@@ -64,13 +64,13 @@ class Training:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
         self.done, self.curve, self.losses = 0, [], []           # losses: since the last check
         if self.path and self.path.exists():
-            self.load(self.path)
+            self.load()
 
-    def load(self, path):
-        """Resume from the state in a file; ValueError if it belongs to another run."""
-        state = checkpoint.load(path)
+    def load(self):
+        """Resume from the state on disk; ValueError if it belongs to another run."""
+        state = checkpoint.load(self.path)
         if state.get("about") != self.about:
-            raise ValueError(f"{path} is not a state of this run; delete it to start over")
+            raise ValueError(f"{self.path} is not a state of this run; delete it to start over")
         for name in PARTS:
             getattr(self, name).load_state_dict(state[name])
         self.done, self.curve = state["step"], state["curve"]

@@ -17,7 +17,6 @@ from torch import nn
 from evaluate import confusion_matrix, evaluate, main, mean_iou, predict, report, write_masks
 from models import build_model, wrap
 from support.checkpoint import save_model
-from support.evaluation import mask_names
 from support.labelled import CAMVID, VOC, class_colours
 
 ABSENT = math.nan
@@ -222,8 +221,6 @@ def test_two_images_of_one_name_get_two_masks_and_classes_without_names_get_colo
         assert written == ["a.jpg.png", "a.png.png", "deeper/b.png.png"]
         colours = Image.open(out / "a.jpg.png").getpalette()
         assert colours[:9] == [0, 0, 0, 128, 0, 0, 0, 128, 0]                    # VOC's
-    files = [tmp_path / name for name in ("a.jpg", "a.png", "a.jpg.png")]
-    assert len(set(mask_names(files))) == 3
 
 
 def test_masks_are_not_written_among_the_images(photos):

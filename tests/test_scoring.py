@@ -137,7 +137,7 @@ def test_a_pool_of_which_more_than_half_cannot_be_used_is_refused(pool):
     scores[:15] = torch.inf
     assert len(unusable(pool, scores)) == 15
     scores[15] = torch.nan
-    with pytest.raises(ValueError, match=r"16 of 30 files of the pool are bad; .*00\.png: its"):
+    with pytest.raises(ValueError, match=r"16 of 30 pool files are unusable: .*00\.png: its"):
         unusable(pool, scores)
 
 
