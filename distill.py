@@ -150,9 +150,8 @@ class Config(command.Inputs):    # and: teacher, pool, image_size, metric, layer
     pixelwise: float = method(1.0, "factor of the pixel-wise KD loss")
     channelwise: float = method(1.0, "factor of the channel-wise KD loss")
     teacher_temperature: float = method(1.0, "below 1 sharpens the teacher's logits", min=0.01)
-    views: int | None = training(None, "cached views per photo; 0: a new view at each step "
-                                 "(default: 24; drawn scenes: 8)")
-    steps: int | None = training(None, "updates (default: 7200; drawn scenes: 500)", min=1)
+    views: int | None = training(None, "cached views per photo, 0: none (default: 24; scenes: 8)")
+    steps: int | None = training(None, "updates (default: 7200; scenes: 500)", min=1)
     batch_size: int = training(16, "images per update", min=1)
     lr: float = training(0.01, "highest learning rate")
     dry_run: bool = running(False, "score the pool, say whether it fits, and stop")

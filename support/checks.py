@@ -38,7 +38,7 @@ def rehearse(student, images, amp=None):
     batch; what torch raises where the memory does not suffice.
     """
     try:
-        with torch.autocast(images.device.type, amp or torch.bfloat16, enabled=amp is not None):
+        with torch.autocast(images.device.type, amp, enabled=amp is not None):
             logits = copy.deepcopy(student).train()(images)                      # (B, K, h, w)
         logits.float().square().mean().backward()
     except Exception as error:

@@ -101,10 +101,10 @@ def open_inputs(cfg, out=None):
 def record_selection(result, cfg, out):
     """Print the outcome of steps 1 to 4 of the method; with `out`, write chosen.csv, too."""
     d, w, scores = result["distances"], result["weights"], result["scores"]
-    unusable, (height, width) = len(result["skipped"]), result["pool"].size
+    unusable, (H, W) = len(result["skipped"]), result["pool"].size
     start, end = (effective_sample_size(progressive_weights(w, p, cfg.schedule)) for p in (0, 1))
     print(f"1 teacher   {len(result['layers'])} BatchNorm layers read\n"
-          f"2 scored    {len(scores) - unusable} images at {height}x{width}, {unusable} unusable\n"
+          f"2 scored    {len(scores) - unusable} images at {H}x{W}, {unusable} unusable\n"
           f"3 selected  {len(w)} ({cfg.sampling}), score {d[0]:.4g} to {d[-1]:.4g}, median of the "
           f"pool {scores.nanmedian():.4g}\n4 weighted  {cfg.schedule}: effective sample size "
           f"{start:.0f} at the start, {end:.0f} at the end")

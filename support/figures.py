@@ -66,8 +66,7 @@ def weight_curves(ax, weights, schedule, sampling):
     _, first, last = SCORES[sampling]
     for rank, name, shade in ((0, first, 1), (len(weights) // 2, "Median", 0.6), (-1, last, 0.3)):
         ax.plot(progress, curves[:, rank], color=ORANGE, alpha=shade, lw=2, label=name)
-    ax.set(xlabel="progress of training", ylabel="weight", ylim=(0, 1.05),
-           title=f"4  Weights ({schedule})")
+    ax.set(xlabel="progress", ylabel="weight", ylim=(0, 1.05), title=f"4  Weights ({schedule})")
     ax.legend(frameon=False, fontsize=8)
 
 

@@ -96,8 +96,7 @@ class Training:
 
     def autocast(self):
         """Return the context in which the networks compute: mixed precision, if it is on."""
-        return torch.autocast(self.device.type, self.amp or torch.bfloat16,
-                              enabled=self.amp is not None)
+        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
 
     def log(self, loss):
         """Note the loss of this step, a scalar."""

@@ -71,12 +71,10 @@ def test_copies_are_dropped_by_content_not_by_name(tmp_path):
     assert reasons == [f"{ours[2]}: the same image as {theirs[0]}, which is evaluated on"]
 
 
-@pytest.mark.parametrize(("count", "held"), [(20, 1), (41, 3), (4000, 200), (10_000, 200)])
+@pytest.mark.parametrize(("count", "held"), [(9, 1), (41, 3), (4000, 200), (10_000, 200)])
 def test_every_twentieth_file_at_most_200_is_held_out_and_never_learnt_from(count, held):
     learnt, out = hold_out(list(range(count)))
     assert len(out) == held and out[0] == 0 and sorted(learnt + out) == list(range(count))
-    with pytest.raises(ValueError, match="the pool has 19 images; .* at least 20"):
-        hold_out(list(range(19)))
 
 
 # ---------------------------------------------------------------- decoding
