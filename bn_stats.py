@@ -50,11 +50,10 @@ METRICS = ("l2", "kl")
 NOT_2D = (nn.BatchNorm1d, nn.BatchNorm3d, nn.modules.instancenorm._InstanceNorm)
 
 
-def bn_layers(model, spec=None):
+def bn_layers(model):
     """Return {name: module} of the 2-D BatchNorm layers with running statistics, or ValueError.
 
-    Any layer with running_mean and running_var counts, also those of other libraries, except 1-D,
-    3-D and instance norms. spec: see `select_layers`.
+    Any layer with running_mean and running_var counts, except 1-D, 3-D and instance norms.
     """
     tracked = {name: m for name, m in model.named_modules()
                if torch.is_tensor(getattr(m, "running_mean", None)) and hasattr(m, "running_var")}
@@ -63,7 +62,7 @@ def bn_layers(model, spec=None):
     if not layers:
         raise ValueError("no 2-D BatchNorm layer tracks running statistics; take another teacher "
                          f"(layers that do, but are not 2-D BatchNorm: {list(tracked)})")
-    return layers if spec is None else select_layers(layers, spec)
+    return layers
 
 
 def layer_eps(layer):
@@ -97,7 +96,7 @@ def capture_bn_inputs(model, layers=None):
     layers: None (all), a spec of `select_layers`, or {name: module}; ValueError in training mode.
     Each forward pass clears it. Only a layer's first call is recorded. 1x1 maps are left out.
     """
-    layers = layers if isinstance(layers, dict) else bn_layers(model, layers)
+    layers = layers if isinstance(layers, dict) else select_layers(bn_layers(model), layers)
     if any(layer.training for layer in layers.values()):
         raise ValueError("a BatchNorm layer is in training mode; call model.eval() first")
     captured, called = {}, set()
@@ -141,18 +140,17 @@ def bn_distance(captured, layers, metric="l2"):
     return torch.stack(columns, dim=1)                                            # (B, L)
 
 
-def select_layers(layers, spec="all"):
+def select_layers(layers, spec=None):
     """Return the part of {name: module} that `spec` names, in the same order.
 
     spec: a comma-separated string or a sequence of "all", "early", "middle", "late" (thirds),
-    indices, names and prefixes ("layer1": all below it). Numbers are indices, not names. ValueError
-    if an item matches none.
+    indices, names and prefixes ("layer1": all below it); None: all. ValueError if one matches none.
     """
     names, n, selected = list(layers), len(layers), set()
     a, b = round(n / 3), round(2 * n / 3)
     presets = {"all": names, "early": names[:a], "middle": names[a:b], "late": names[b:],
                **{str(i): [names[i]] for i in range(-n, n)}}
-    for item in spec.split(",") if isinstance(spec, str) else map(str, spec):
+    for item in spec.split(",") if isinstance(spec, str) else map(str, spec or ["all"]):
         matches = presets.get(item) or [k for k in names if f"{k}.".startswith(f"{item}.")]
         if not matches:
             raise ValueError(f"no BatchNorm layer matches {item!r}; expected all, early, middle, "
@@ -172,7 +170,7 @@ def image_distances(model, images, layers=None, metric="l2"):
                          f"{getattr(images, 'dtype', type(images))} {getattr(images, 'shape', '')}")
     if (images.abs() > 30).any():
         warnings.warn("values beyond 30 look like 0..255: divide by 255, normalise", stacklevel=2)
-    layers = layers if isinstance(layers, dict) else bn_layers(model, layers)
+    layers = layers if isinstance(layers, dict) else select_layers(bn_layers(model), layers)
     with torch.no_grad(), capture_bn_inputs(model, layers) as captured:
         model(images)
     return bn_distance(captured, layers, metric).sum(dim=1)
