@@ -11,7 +11,6 @@ import pytest
 
 from experiments import tables
 from experiments.tables import ORIGINAL, T95, by_row, table, values
-from support import figures
 
 REPOSITORY = Path(__file__).parent.parent
 RESULTS = REPOSITORY / "results"
@@ -103,23 +102,6 @@ def test_each_teacher_counts_once(tmp_path):
     assert turned[3] == ["gain", first[2], second[2], last[2]]
     with pytest.raises(ValueError, match="expected 2 to 10 records, one per teacher; got 1"):
         tables.teachers(paths[:1])
-
-
-def test_the_figure_draws_retention_over_cpu_seconds(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(figures, "save_png", lambda figure, path: drawn.extend(figure.axes),
-                        raising=False)
-    record = {"runs": [
-        {**run, "processor_seconds": {"distillation": steps / 10}} for steps in (10, 20)
-        for row, number in ((ORIGINAL, 50), ("y", 30))
-        for run in runs(f"{row}, {steps} updates", [number, number])]}
-    tables.draw(record, "f.png")
-    lines = {line.get_label(): line for line in drawn[0].lines}
-    assert list(lines) == [ORIGINAL, "y"]
-    assert lines["y"].get_xdata().tolist() == [1, 2]
-    assert lines["y"].get_ydata().tolist() == [60, 60]
-    with pytest.raises(ValueError, match="has no row 'original images'"):
-        tables.draw({"runs": runs("x", [30, 32])}, "")
 
 
 # ---------------------------------------------------------------- the pages
