@@ -103,8 +103,7 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     if cfg.dry_run:
         return result
 
-    # 5. Distil on random views of the photos. The teacher's logits for each view are cached; with
-    #    --views 0 each step has new views.
+    # 5. Distil on random views, with cached teacher logits; --views 0: new views at each step.
     optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, weight_decay=0.01, fused=True)
     scheduler = warmup_poly(optimizer, cfg.steps)
     run = Training(student, optimizer, scheduler, cfg, out, about=(teacher, size))
