@@ -150,7 +150,7 @@ def save_report(cfg, out, teacher, result, results, examples, timer):
     checkpoint.save_json(metrics, out / "metrics.json")   # last: with it, a run counts as finished
     (out / "state.pt").unlink(missing_ok=True)
     times = ", ".join(f"{name} {t:.0f} s" for name, t in metrics["stage_seconds"].items())
-    print("\n{pool_images} pool images scored, {selected_images} selected, {seen_images} of them used in "
+    print("\n{pool_images} pool images scored, {selected_images} selected, {seen_images} used in "
           "{updates} updates".format(**metrics), f"{times}\nrecord and figure: {out}", sep="\n")
     if cfg.dataset != "none":
         print("student mIoU {student_miou:.1%}, teacher {teacher_miou:.1%}".format(**metrics),

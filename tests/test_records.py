@@ -206,6 +206,6 @@ def test_the_last_lines_give_the_result_with_and_without_labels(
     command.save_report(Config(dataset=dataset), tmp_path, None, {"timer": Timer(), "curve": []},
                         None, None, Timer())
     assert capsys.readouterr().out.strip().splitlines() == [
-        "2000 pool images scored, 400 selected, 300 seen in 900 updates",
+        "2000 pool images scored, 400 selected, 300 used in 900 updates",
         "scoring 1 s, distillation 61 s", f"record and figure: {tmp_path}", last]
     assert sorted(os.listdir(tmp_path)) == ["curve.csv", "metrics.json"]         # no state is left
