@@ -1,12 +1,22 @@
 """Networks that others wrote: a function of a Python file, and weights as others save them.
 
-Use it
-    from support.networks import load_network
-    network = load_network("nets.py:unet")            # runs nets.py and calls unet()
+Idea
+    `--teacher-model nets.py:unet` runs nets.py, which is the user's own code, and calls unet(). It
+    takes no argument and returns an nn.Module from RGB in [0, 1] to logits (B, K, h, w), or what
+    `models.wrap` makes of one. The module may have the attributes class_names, image_size (H, W)
+    and multiple.
 
-`unet` takes no argument and returns an nn.Module from RGB in [0, 1] to logits (B, K, h, w). The
-module may have the attributes class_names, image_size (H, W) and multiple (see `models.wrap`). It
-normalises its input itself, or the function returns `models.wrap(network, mean=..., std=...)`.
+Use it
+    # nets.py, with a network that wants ImageNet's normalisation and multiples of 32
+    import segmentation_models_pytorch as smp
+    import torch
+    from models import IMAGENET_MEAN, IMAGENET_STD, wrap
+
+    def unet():
+        network = smp.Unet("resnet18", encoder_weights=None, classes=3)
+        network.load_state_dict(torch.load("unet.pth", weights_only=True))
+        return wrap(network, mean=IMAGENET_MEAN, std=IMAGENET_STD, multiple=32,
+                    class_names=["road", "sky", "other"], image_size=(256, 512))
 """
 
 import runpy
