@@ -201,3 +201,25 @@ def test_synthetic_images_cost_as_many_times_as_the_page_says():
     synthetic, nearest = (mean(tables.cpu_seconds(rows[f"{row}, 2400 updates"]))
                           for row in ("DeepInversion", "nearest (ADS)"))
     assert f"{synthetic / (nearest + scoring):.0f} times the CPU time" in PROSE
+
+
+README_COLUMNS = (("test_seed0", "test_seed1", "test_seed2"), ("gpu/camvid_full",), ("facades",))
+README_ROWS = {"random": "random", "nearest (ADS)": "nearest (ADS)",
+               "nearest with WDPD (DFSS)": "nearest, progressive weights (DFSS)",
+               "recipe (ours)": "recipe", "original images": ORIGINAL}
+
+
+def test_the_table_of_the_readme_follows_from_its_records():
+    text = (REPOSITORY / "README.md").read_text()
+    columns = [[load(f"{name}.json") for name in names] for names in README_COLUMNS]
+    for label, row in README_ROWS.items():
+        cells = []
+        for teachers in columns:
+            miou, retention = (
+                mean(mean(values(rows, expression)) for rows in teachers if row in rows)
+                if all(row in rows for rows in teachers) else None
+                for expression in (row, f"{row} / {ORIGINAL}"))
+            cells.append("not run" if miou is None else f"{miou:.1f} ({retention:.0f})")
+        assert f"| {label} | {' | '.join(cells)} |" in text
+    means = [f"{mean(teacher_miou(name) for name in names):.1f}" for names in README_COLUMNS]
+    assert f"| teacher | {' | '.join(means)} |" in text
