@@ -15,7 +15,7 @@ Equation
     Any selection rule is a score, smallest first. The demo compares three:
     nearest      score = d(x), the distance                  ADS
     random       score = a random number per image           baseline
-    confidence   score = -(confidence of the teacher in x)   baseline; it can be confident and wrong
+    confidence   score = -(mean over pixels of the largest softmax probability)        baseline
 
 Paper
     DFSS (Sun & Wu, arXiv 2512.13175) selects the images of smallest d and ignores the teacher's
@@ -98,14 +98,14 @@ def demo():
     scores = {"nearest": pool.norm(dim=1),
               "random": torch.rand(3000, generator=generator),
               "confidence": -pool[:, 0].abs().sigmoid()}
-    print("300 of 3,000 points by       mean   variance   median distance to 0")
-    print("training data (the aim)      0.00       1.00       1.18")       # sqrt(2 ln 2)
+    print("300 of 3,000 points by       mean   variance   median distance to 0    (of both axes)")
+    print("training data (the aim)      0.00       1.00       1.18")       # a normal in 2-D
     for rule, score in scores.items():
         points = pool[sample(score, 300)]                              # (300, 2)
         print(f"{rule:25s}{points.mean():8.2f}{points.var(dim=0).mean():11.2f}"
               f"{points.norm(dim=1).median():11.2f}")
     print("Nearest finds the training data; confidence selects points far away from it.\n"
-          "Caveat: nearest crowds at the centre of the data, with variance 0.4 instead of 1.")
+          "Caveat: nearest concentrates at the centre of the data, with variance 0.4 instead of 1.")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ Symbols
     diagonal, 0.95 elsewhere.  mu_bn, var_bn (C,): running mean and variance;  s = sqrt(var_bn).
     A (C, 3) with rows a_c, b (C,);  ' transposes.  B images, C channels, H W pixels.
 
-Worked example (grey images, R = 1 everywhere; the demo prints the last line, a test asserts it)
+Worked example (simplified: grey, R = 1; the demo prints the last line, a test asserts it)
     a layer whose response to grey x is 4 x - 1, with mu_bn = 0.6, var_bn = 0.64:
         4 m* - 1 = 0.6, hence m* = 0.4;    v = 0.64 / 4^2 = 0.04
     an image, half of it 0.5 and half 0.7:  m = 0.6,  variance 0.01,  T = sqrt(0.04 / 0.01) = 2
@@ -45,7 +45,7 @@ Use it
     photos = match_colours(torch.rand(8, 3, 96, 128), mean, cov)         # (B, 3, H, W), in [0, 1]
 
 Run it
-    python colours.py         (CPU, a second: estimates a camera's colours and applies them)
+    python colours.py         (CPU, a second: estimates the training colours, applies them)
 """
 
 import torch
@@ -94,9 +94,10 @@ def colour_target(response, mean_bn, var_bn, size):
     response: maps images (n, 3, H, W) in [0, 1] to the spatial mean (n, C) of the input of the
     network's first BatchNorm layer. Only linear filters may lie in between.
     mean_bn, var_bn: the layer's running mean and variance, (C,). size: (H, W) of these images.
-    Exact for 1x1 filters and a correlation of 0.95. Approximate for larger filters: neighbouring
-    pixels are similar, and most filters respond to brightness. ValueError if no filter does.
+    Exact for 1x1 filters and a correlation of 0.95. Approximate for larger filters, which respond
+    to a neighbourhood: it is taken to have one colour. ValueError if no filter sees brightness.
     """
+    # Grey, then grey with 0.2 more of red, green and blue.
     colours = 0.5 + 0.2 * torch.cat([torch.zeros(1, 3), torch.eye(3)]).to(mean_bn)          # (4, 3)
     outputs = response(colours.view(4, 3, 1, 1).expand(4, 3, *size).contiguous())           # (4, C)
     A = (outputs[1:] - outputs[0]).T / 0.2                                                  # (C, 3)
@@ -118,7 +119,7 @@ def colour_target(response, mean_bn, var_bn, size):
 
 
 def demo():
-    """Print the worked example, a photo matched to a camera, and a camera that is misjudged."""
+    """Print the worked example, a photo matched to a training set, and one that is misjudged."""
     image = torch.tensor([0.5, 0.7]).view(1, 1, 1, 2).expand(1, 3, 1, 2)
     maps = transfer(image, torch.full((3,), 0.4), torch.full((3, 3), 0.04), floor=1e-9)
     print("Worked example:", [round(v, 3) for v in apply_colours(image, maps)[0, 0, 0].tolist()])
@@ -143,7 +144,8 @@ def demo():
         show("training images", pixels.mean(dim=0), pixels.T.cov())
         show("    estimate from BatchNorm", mean, cov)
         show("    photo matched to it", matched.mean(dim=(0, 2, 3)), matched[0].flatten(1).cov())
-    print("The correlation is assumed to be 0.95: the second camera's is not found.")
+    print("The correlation is assumed to be 0.95: that of the second training set is not found.\n"
+          "Clamping to [0, 1] and the floor of `transfer` make the match approximate.")
 
 
 if __name__ == "__main__":

@@ -12,14 +12,12 @@ Idea
     4 weight them (WDPD), 5 distil: all of it is the function `distill`. The command adds step 6,
     evaluate: labels, if there are any, are used for the report and for nothing else.
 
-Paper
+Paper and symbols
     DFSS (Sun & Wu, arXiv 2512.13175); the README lists what is the paper's and what is ours.
-
-Symbols
     B images of a batch, K classes, H W pixels, h w of the logits, N pool images.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +27,7 @@ from ads_sampler import sample
 from bn_stats import bn_layers, image_distances, select_layers
 from evaluate import evaluate, predict, report
 from kd_loss import channelwise_kd, pixelwise_kd
-from models import MODELS, freeze, wrap
+from models import freeze, wrap
 from priority import SCHEDULES, progressive_weights, sample_weights, weighted_loss
 from support import checkpoint, command, figures, records
 from support.checks import check_inputs
@@ -71,30 +69,31 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     teacher, student: modules on one device, from RGB in [0, 1] to logits of the same classes (see
     `models.wrap`); the teacher is frozen for good, the student trained in place. pool: a folder or
     a list of files. size: (H, W). out: a folder for records, from which an interrupted run resumes,
-    given the student with its initial weights. Returns the dict `result` below and the loss curve.
+    given the student with its initial weights. Returns the dict `result`, with "curve" if trained.
     """
     cfg = with_defaults(cfg or Config(), **DEFAULTS)
     out = Path(out) if out else None
     teacher, student, timer = freeze(wrap(teacher)), wrap(student), records.Timer()
     device = next(teacher.parameters()).device
-    pool = open_pool(pool, teacher, size, cfg.match_colours)
+    pool = open_pool(pool, teacher, size, cfg.match_colours)         # the teacher: for its colours
 
     # 1. Read the teacher's BatchNorm statistics.
     layers = select_layers(bn_layers(teacher), cfg.layers)
-    check_inputs(teacher, student, layers, pool, cfg)
+    check_inputs(teacher, student, layers, pool, cfg)                # rehearses a training step
 
     # 2. Score the pool: how far is each photo from the teacher's training data?
     score = selection_score(teacher, layers, cfg, len(pool))
-    path = score_file(teacher, layers, pool, cfg) if out else None
-    scores, skipped = cached_scores(score, pool, device, cfg.workers, path)               # (N,)
+    cache_file = score_file(teacher, layers, pool, cfg) if out else None
+    scores, skipped = cached_scores(score, pool, device, cfg.workers, cache_file)         # (N,)
 
-    # 3. Sample the nearest (ADS).
+    # 3. Sample the nearest (ADS); budget 0: all that could be read.
     selected = sample(scores, cfg.budget or len(pool) - len(skipped))                # (budget,)
 
     # 4. Weight them (WDPD): the nearest 1, the farthest 0. A random selection has no distances.
-    weights = sample_weights(scores[selected], cfg.weighting)                        # (budget,)
     if cfg.sampling == "random":
-        weights = torch.ones_like(weights)
+        weights = torch.ones(len(selected))                                          # (budget,)
+    else:
+        weights = sample_weights(scores[selected], cfg.weighting)                    # (budget,)
     timer("scoring")
     result = {"files": [pool.files[i] for i in selected.tolist()], "selected": selected,
               "distances": scores[selected], "weights": weights, "pool": pool, "scores": scores,
@@ -103,33 +102,34 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     if cfg.dry_run:
         return result
 
-    # 5. Distil on random views of the photos. The teacher's logits for each view are cached; with
-    #    --views 0 each step has new views.
+    # 5. Distil on random views. The teacher's logits for cfg.views of each photo are computed here,
+    #    once, and cached; with 0, each step draws new views.
     optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, weight_decay=0.01, fused=True)
     scheduler = warmup_poly(optimizer, cfg.steps)
-    run = Training(student, optimizer, scheduler, cfg, out, about=(teacher, size))
+    trainer = Training(student, optimizer, scheduler, cfg, out, about=(teacher, size))
     logit_size = comparison_size(teacher, student, size)                                  # (h, w)
-    teacher_pass = partial(compute_teacher_logits, teacher, run.autocast, logit_size, cfg)
+    teacher_pass = partial(compute_teacher_logits, teacher, trainer.autocast, logit_size, cfg)
     views = Views(result["files"], size, cfg.seed, pool.transform)
     cache = TeacherCache(teacher_pass, views, cfg, device, out) if cfg.views else None
     weights = weights.to(device)
-    for step, images, index, teacher_logits in run.batches(Batches(views, cfg.batch_size, cache)):
+    batches = Batches(views, cfg.batch_size, cache)
+    for step, images, index, teacher_logits in trainer.batches(batches):   # saves resumable states
         if teacher_logits is None:
             teacher_logits = teacher_pass(images)                                  # (B, K, h, w)
-        with run.autocast():
+        with trainer.autocast():
             student_logits = resize(student(images), logit_size)                   # (B, K, h, w)
         losses = (cfg.pixelwise * pixelwise_kd(student_logits, teacher_logits)
                   + cfg.channelwise * channelwise_kd(student_logits, teacher_logits))     # (B,)
         w = progressive_weights(weights, step / cfg.steps, cfg.schedule)             # (budget,)
         loss = weighted_loss(losses, w[index], w.mean())
         optimizer.zero_grad()
-        run.scaler.scale(loss).backward()                       # the scaler only acts in float16
-        run.scaler.step(optimizer)
-        run.scaler.update()
+        trainer.scaler.scale(loss).backward()                   # the scaler only acts in float16
+        trainer.scaler.step(optimizer)
+        trainer.scaler.update()
         scheduler.step()
-        run.log(loss)
+        trainer.log(loss)
     timer("distillation")
-    return {**result, "curve": run.curve}
+    return {**result, "curve": trainer.curve}
 
 
 # ---------------------------------------------------------------- options and command
@@ -140,23 +140,18 @@ inputs, method, training, running = (partial(option, group=g) for g in (
 
 @dataclass(frozen=True)
 class Config(command.Inputs):    # and: teacher, pool, image_size, metric, layers, match_colours
-    student_model: str = inputs("resnet_tiny", "student network: FILE.py:FUNCTION, or one of "
-                                + ", ".join(MODELS))
+    student_model: str = inputs("resnet_tiny", "student network, named like --teacher-model")
     student_weights: str = inputs("none", "pretrained on ImageNet", ("none", "imagenet"))
     budget: int = inputs(400, "pool images to learn from; 0 takes all")
     sampling: str = method("nearest", "select by distance, by the teacher's confidence, at random",
                            ("nearest", "confidence", "random"))
-    weighting: str = method("minmax", "weights from distances, or from their ranks",
-                            ("minmax", "rank"))
+    weighting: str = method("minmax", "weights from distances or ranks", ("minmax", "rank"))
     schedule: str = method("linear", "relax weights to 1, keep them fixed, or use none", SCHEDULES)
     pixelwise: float = method(1.0, "factor of the pixel-wise KD loss")
     channelwise: float = method(1.0, "factor of the channel-wise KD loss")
-    teacher_temperature: float = method(1.0, "divides the teacher's logits; below 1 sharpens them",
-                                        min=0.01)
-    views: int | None = training(None, "cached views per photo; 0: a new view at each step "
-                                 "(default: 24; 8 for the drawn scenes)")
-    steps: int | None = training(None, "number of updates (default: 7200; 500 for the drawn "
-                                 "scenes)", min=1)
+    teacher_temperature: float = method(1.0, "below 1 sharpens the teacher's logits", min=0.01)
+    views: int | None = training(None, "cached views per photo, 0: none (default: 24; scenes: 8)")
+    steps: int | None = training(None, "updates (default: 7200; scenes: 500)", min=1)
     batch_size: int = training(16, "images per update", min=1)
     lr: float = training(0.01, "highest learning rate")
     dry_run: bool = running(False, "score the pool, say whether it fits, and stop")
@@ -179,8 +174,8 @@ def run(cfg, out):
     timer = records.Timer()
     if cfg.dataset == "scenes" and not (cfg.data_root or cfg.pool or cfg.teacher):
         root, teacher = builtin_teacher(cfg.image_size, cfg.device, cfg.amp)
-        cfg = replace(cfg, data_root=root, pool=f"{root}/pool", teacher=teacher)
-        cfg = with_defaults(cfg, steps=500, views=8)
+        cfg = with_defaults(cfg, data_root=root, pool=f"{root}/pool", teacher=teacher, steps=500,
+                            views=8)
     cfg = with_defaults(cfg, **DEFAULTS)
     teacher, files, held_out = command.open_inputs(cfg, out)
     timer("scenes and teacher")

@@ -30,9 +30,8 @@ import torch.nn.functional as F
 def check_values(name, values, num_classes, ignore_index):
     """Raise ValueError if class numbers (n,) do not lie in 0..K-1."""
     if len(values) and not 0 <= values.min() <= values.max() < num_classes:
-        raise ValueError(f"{name} values must lie in 0..{num_classes - 1} (or be the ignored "
-                         f"{ignore_index}); got {values.min()}..{values.max()}; labels must have "
-                         "the classes of the network")
+        raise ValueError(f"{name} values must lie in 0..{num_classes - 1} (or be {ignore_index}, "
+                         f"ignored); got {values.min()}..{values.max()}")
 
 
 def confusion_matrix(prediction, target, num_classes, ignore_index=255):
@@ -42,8 +41,7 @@ def confusion_matrix(prediction, target, num_classes, ignore_index=255):
     count. ValueError if shapes differ or a value lies outside 0..K-1.
     """
     if prediction.shape != target.shape:
-        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} "
-                         "must have the same shape")
+        raise ValueError(f"both must have the same shape; got {prediction.shape}, {target.shape}")
     counted = target != ignore_index
     truth, guess = target[counted].long(), prediction[counted].long()              # (n,) each
     check_values("target", truth, num_classes, ignore_index)
@@ -129,8 +127,7 @@ def write_masks(model, folder, out, size, device, overlay=False):
     if Path(folder).resolve() in (Path(out).resolve(), *Path(out).resolve().parents):
         raise ValueError(f"--out {out} lies in the folder of the images; name another folder")
     files, written = find_images(folder), 0
-    own = class_colours(getattr(model, "class_names", ()))
-    colours = [*own, *class_colours(())[len(own):]]                  # for outputs without a name
+    colours = class_colours(getattr(model, "class_names", ()))
     for path, name in zip(progress(files, "masks"), mask_names(files), strict=True):
         try:
             image = load_image(path)
@@ -156,6 +153,7 @@ def main(argv=None):
     from support.labelled import check_labels, open_labelled
     from support.options import parse, pick_device, pick_workers
     from support.progress import progress
+    from support.records import by_name
     cfg = parse(Config, argv, "Score a checkpoint on labelled data, or write masks for a folder.")
     device = pick_device(cfg.device)
     model = load_model(cfg.checkpoint, cfg.model, cfg.num_classes).to(device)
@@ -174,10 +172,8 @@ def main(argv=None):
     loader = DataLoader(data, num_workers=pick_workers(cfg.workers, device))
     result = evaluate(model, progress(loader, "evaluate"), len(data.class_names))
     print(report({"model": result}, data.class_names))
-    iou = {name: None if value != value else value                        # JSON has no NaN
-           for name, value in zip(data.class_names, result["iou"].tolist(), strict=True)}
-    metrics = {"miou": result["miou"], "pixel_accuracy": result["pixel_accuracy"], "iou": iou,
-               "config": asdict(cfg)}
+    metrics = {"miou": result["miou"], "pixel_accuracy": result["pixel_accuracy"],
+               "iou": by_name(data.class_names, result["iou"]), "config": asdict(cfg)}
     if cfg.out:
         save_json(metrics, cfg.out)
     return metrics

@@ -21,22 +21,20 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.benchmark import Timer
 
-from models import cost
+from models import print_costs
 from support.checkpoint import atomic, load_model
-from support.options import Options, one_sentence, option, parse, pick_device
+from support.options import Options, one_sentence, option, parse
 
 
 @dataclass(frozen=True)
 class Config(Options):
     checkpoint: str | None = option(None, "student.pt, teacher.pt or a state dict", metavar="FILE")
     model: str | None = option(None, "its network, if it is your own: file.py:function, or a name")
-    out: str | None = option(None, "file to write; without it: costs only", metavar="FILE")
+    out: str | None = option(None, "file to write; without it: cost only", metavar="FILE")
     teacher: str | None = option(None, "teacher to compare the cost with", metavar="FILE")
     teacher_model: str | None = option(None, "its network, as for --model")
     image_size: tuple[int, int] | None = option(None, "size to measure at (default: its own)")
-    device: str = option("auto", "where to measure: cpu, cuda ...; auto: a GPU if there is one")
 
 
 class AtImageSize(nn.Module):
@@ -81,34 +79,19 @@ def export(model, path, size):
     raise ValueError(f"{path} is not written: the network cannot be exported ({reason})")
 
 
-@torch.inference_mode()
-def latency(model, size, device):
-    """Return the median time of one image in ms, of as many as fit into a second."""
-    timer = Timer("model(images)", num_threads=torch.get_num_threads(), globals={
-        "model": model, "images": torch.rand(1, 3, *size, device=device)})
-    return 1000 * timer.blocked_autorange(min_run_time=1).median
-
-
 def main(argv=None):
-    """Export a checkpoint, print what it costs; return {name: (parameters, MACs, ms)}."""
+    """Export a checkpoint, print what it costs; return {name: (parameters, multiply-adds)}."""
     cfg = parse(Config, argv, "Write a student that runs without this repository; show its cost.")
-    device, models, rows = pick_device(cfg.device), {}, {}
+    models = {"student": load_model(cfg.checkpoint, cfg.model)}
     if cfg.teacher or cfg.teacher_model:
         models["teacher"] = load_model(cfg.teacher, cfg.teacher_model)
-    models["student"] = student = load_model(cfg.checkpoint, cfg.model)
-    size = cfg.image_size or student.image_size
+    size = cfg.image_size or models["student"].image_size
     if size is None:
         raise ValueError("the network does not say its image size; give --image-size")
     if cfg.out:
-        sizes = export(student, cfg.out, size)
+        sizes = export(models["student"], cfg.out, size)
         print(f"{cfg.out} gives the same masks as the network, for any batch and {sizes}")
-    print(f"one image of {size[0]}x{size[1]} on {device.type}, {torch.get_num_threads()} threads\n"
-          f"{'':10s}{'parameters':>12s}{'multiply-adds':>15s}{'latency':>12s}")
-    for name, model in models.items():
-        rows[name] = (*cost(model.to(device), size), latency(model, size, device))
-        parameters, macs, ms = rows[name]
-        print(f"{name:10s}{parameters / 1e6:10.2f} M{macs / 1e6:13.0f} M{ms:9.1f} ms")
-    return rows
+    return print_costs(models, size)
 
 
 if __name__ == "__main__":

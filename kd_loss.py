@@ -14,9 +14,9 @@ Equation
     pixelwise    T^2 mean over pixels of sum over k of t log(t / s),  s, t = softmax_k(logits / T)
     channelwise  T^2 mean over k of sum over pixels of t log(t / s),  s, t = softmax_hw(logits / T)
 
-    Both logits have the same shape, for example that of the smaller one; nothing is resized here.
-    The loss of an image does not depend on its batch and does not grow with the crop (but see
-    channelwise_kd).
+    Both logits must have the same shape; resize one of them beforehand. The loss of an image does
+    not depend on the rest of its batch. pixelwise does not grow with the crop; channelwise has an
+    upper limit that does, T^2 ln(H W).
 
 Paper
     The KD loss of DFSS (Sun & Wu, arXiv 2512.13175) is not public; the sum of both is our default.
@@ -56,7 +56,7 @@ import torch
 import torch.nn.functional as F
 
 
-def as_float(student_logits, teacher_logits):
+def check_and_cast(student_logits, teacher_logits):
     """Return both logits in at least float32, the teacher's detached; ValueError for the shape."""
     if student_logits.shape != teacher_logits.shape or student_logits.dim() != 4:
         raise ValueError(f"student logits {tuple(student_logits.shape)} and teacher logits "
@@ -74,7 +74,7 @@ def pixelwise_kd(student_logits, teacher_logits, temperature=1.0):
     One value per image, so that the caller can weight the images. In nats, >= 0. The teacher gets
     no gradient. ValueError if the shapes differ. Formula: Hinton et al.
     """
-    s, t = as_float(student_logits, teacher_logits)
+    s, t = check_and_cast(student_logits, teacher_logits)
     T = temperature
     log_s = F.log_softmax(s / T, dim=1)                              # (B, K, H, W)
     log_t = F.log_softmax(t / T, dim=1)                              # (B, K, H, W)
@@ -93,11 +93,11 @@ def channelwise_kd(student_logits, teacher_logits, temperature=4.0):
 
     The softmax over the H W logits of a class says where the class is. Small classes count as much
     as large ones, and a constant added to all logits of a class has no effect. In nats, >= 0.
-    Upsampling by repetition does not change the value, but the upper limit depends on the number of
-    pixels: T^2 ln(H W) for a student with a constant map. Errors: see `pixelwise_kd`.
+    Upsampling by repetition does not change the value. A student with a constant map reaches the
+    upper limit, T^2 ln(H W). Errors: see `pixelwise_kd`.
     Formula: Shu et al.
     """
-    s, t = as_float(student_logits, teacher_logits)
+    s, t = check_and_cast(student_logits, teacher_logits)
     T = temperature
     log_s = F.log_softmax(s.flatten(2) / T, dim=2)                   # (B, K, H*W)
     log_t = F.log_softmax(t.flatten(2) / T, dim=2)                   # (B, K, H*W)
@@ -126,7 +126,7 @@ def demo():
     print(f"{'student':32s}{'pixelwise':>12s}{'channelwise':>14s}")
     for name, student in students.items():
         pixel, channel = (f(student, teacher).item() for f in (pixelwise_kd, channelwise_kd))
-        print(f"{name:32s}{abs(pixel):12.4f}{abs(channel):14.4f}")
+        print(f"{name:32s}{abs(pixel):12.4f}{abs(channel):14.4f}")       # abs: no -0.0000
     print("Compare within a column only: T is 1 in pixelwise and 4 in channelwise.\n"
           "Caveat: channelwise does not see a class that is too strong everywhere. Pixelwise\n"
           "does, but large classes dominate its mean.")

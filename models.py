@@ -35,9 +35,12 @@ from torchvision.models.segmentation import FCN, LRASPP, DeepLabV3
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SMALL = {"resnet_small": (32, 2),        # (width, blocks): the CPU teacher, and its student, which
+         "resnet_tiny": (12, 1)}         # is about thirteen times cheaper
 TORCHVISION = ("deeplabv3_resnet50", "deeplabv3_resnet101", "fcn_resnet50",
                "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large")
-MODELS = ("resnet_small", "resnet_tiny", "deeplabv3_mobilenet_v2", *TORCHVISION)
+MODELS = (*SMALL, "deeplabv3_mobilenet_v2", *TORCHVISION)
+SPECS = f"path/to/file.py:function, or one of {', '.join(MODELS)}"              # in messages
 
 
 def conv_bn(c_in, c_out, kernel=3, stride=1, act=True):
@@ -70,9 +73,9 @@ class SmallResNet(nn.Module):
         channels = [width, 2 * width, 4 * width, 8 * width]            # at strides 2, 4, 8, 16
         self.stem = conv_bn(3, width, 3, 2)
         self.stages = nn.ModuleList(
-            nn.Sequential(*[ResidualBlock(c_out if i else c_in, c_out, 1 if i else 2)
-                            for i in range(blocks)])
-            for c_in, c_out in zip(channels, channels[1:], strict=False))
+            nn.Sequential(ResidualBlock(c, 2 * c, 2),
+                          *[ResidualBlock(2 * c, 2 * c, 1) for _ in range(blocks - 1)])
+            for c in channels[:-1])
         self.lateral = nn.ModuleList(conv_bn(c, 2 * width, 1) for c in channels[1:])
         self.smooth = nn.Sequential(conv_bn(2 * width, 2 * width), conv_bn(2 * width, 2 * width))
         self.head = nn.Conv2d(2 * width, num_classes, 1)
@@ -83,9 +86,8 @@ class SmallResNet(nn.Module):
         for stage, lateral in zip(self.stages, self.lateral, strict=True):
             x = stage(x)
             maps.append(lateral(x))                                    # (B, 2*width, ., .)
-        y = maps.pop()
-        while maps:                                                    # coarse to fine
-            fine = maps.pop()
+        y, *finer = reversed(maps)
+        for fine in finer:                                             # coarse to fine
             y = fine + F.interpolate(y, fine.shape[-2:], mode="bilinear")
         return self.head(self.smooth(y))
 
@@ -96,11 +98,9 @@ def mobilenet_v2_features(weights):
     As usual for DeepLab, the last stride becomes a dilation; the block that had it keeps none.
     """
     features = torchvision.models.mobilenet_v2(weights=weights).features[:-1]
-    for i, block in enumerate(features[14:]):                   # block 14 would go from 16 to 32
-        depthwise = block.conv[1][0]                            # 3x3
-        depthwise.stride = (1, 1)
-        if i:
-            depthwise.dilation = depthwise.padding = (2, 2)
+    features[14].conv[1][0].stride = (1, 1)                     # its 3x3; it went from 16 to 32
+    for block in features[15:]:
+        block.conv[1][0].dilation = block.conv[1][0].padding = (2, 2)
     return nn.Sequential(OrderedDict(features=features))        # the name in checkpoints
 
 
@@ -110,11 +110,10 @@ class AtOwnStride(nn.Module):
     def __init__(self, net):
         super().__init__()
         self.backbone, self.classifier = net.backbone, net.classifier
-        self.takes_all = isinstance(net, LRASPP)
 
     def forward(self, x):
         features = self.backbone(x)
-        return self.classifier(features if self.takes_all else features["out"])
+        return self.classifier(features.get("out", features))           # LRASPP's head takes all
 
 
 class SegmentationModel(nn.Module):
@@ -130,8 +129,8 @@ class SegmentationModel(nn.Module):
                  class_names=None, image_size=None, multiple=1):
         super().__init__()
         if not 0 <= min(mean) <= max(mean) <= 1 or not 0 < min(std) <= max(std) <= 1:
-            raise ValueError(f"mean {tuple(mean)} and std {tuple(std)} must lie in [0, 1], because "
-                             "images do; divide values for images in 0..255 by 255")
+            raise ValueError(f"mean {mean} and std {std} must lie in [0, 1], because images do; "
+                             "divide values for images in 0..255 by 255")
         self.net, self.name, self.multiple = net, name, multiple
         self.num_classes = 2 if num_classes == 1 else num_classes
         self.class_names = list(class_names or (f"class {k}" for k in range(self.num_classes)))
@@ -151,8 +150,8 @@ class SegmentationModel(nn.Module):
         if isinstance(logits, dict):
             logits = logits.get("out", logits.get("logits"))                    # torchvision
         if not isinstance(logits, torch.Tensor) or logits.dim() != 4:
-            raise ValueError("a segmentation network must return logits (B, K, H, W), {'out': "
-                             f"logits}} or an object with .logits; got {type(output).__name__}")
+            raise ValueError("a network must return logits (B, K, H, W), {'out': logits} or an "
+                             f"object with .logits; got {type(output).__name__}")
         if padded:          # cropped at the image's size: H may be no multiple of the stride
             logits = F.interpolate(logits, x.shape[-2:], mode="bilinear")
             logits = F.pad(logits, (0, -right, 0, -below))     # slices would not export
@@ -186,33 +185,27 @@ def build_model(name, num_classes=None, weights=None, weights_backbone=None, **m
     ImageNet backbone. Both download. more: mean, std, class_names, image_size. Raises ValueError.
     """
     if name not in MODELS:
-        raise ValueError(f"model {name!r} is unknown; expected path/to/file.py:function or one of "
-                         f"{', '.join(MODELS)}")
+        raise ValueError(f"model {name!r} is unknown; expected {SPECS}")
+    if name in SMALL and weights_backbone is not None:
+        raise ValueError(f"there are no published backbone weights for {name}")
     if weights is not None:
         known = get_model_weights(name).__members__ if name in TORCHVISION else {}
         if weights not in known:
-            raise ValueError(f"there are no published segmentation weights {weights!r} for {name}; "
-                             f"expected DEFAULT for one of {', '.join(TORCHVISION)}")
-        preset, names = known[weights].transforms(), known[weights].meta["categories"]
-        if num_classes not in (None, len(names)):
-            raise ValueError(f"{name} with weights {weights} has {len(names)} classes, not "
-                             f"{num_classes}: {', '.join(names)}")
-        net = AtOwnStride(torchvision.models.get_model(name, weights=known[weights]))
-        return SegmentationModel(net, name, len(names), preset.mean, preset.std, names)
-    if weights_backbone is not None and name in ("resnet_small", "resnet_tiny"):
-        raise ValueError(f"there are no published backbone weights for {name}")
+            raise ValueError(f"there are no weights {weights!r} for {name}; expected DEFAULT for "
+                             f"one of {', '.join(TORCHVISION)}")
+        weights = known[weights]
+        more = {"class_names": weights.meta["categories"]}              # normalised like ImageNet
+        num_classes = num_classes or len(more["class_names"])
     if num_classes is None:
         raise ValueError(f"{name} without published weights needs a number of classes")
 
-    if name == "resnet_small":                # the CPU teacher
-        net = SmallResNet(num_classes, width=32, blocks=2)
-    elif name == "resnet_tiny":               # its student, about thirteen times cheaper
-        net = SmallResNet(num_classes, width=12, blocks=1)
-    elif name == "deeplabv3_mobilenet_v2":
-        net = nn.Sequential(mobilenet_v2_features(weights_backbone), DeepLabHead(320, num_classes))
-    else:
+    if name in SMALL:
+        net = SmallResNet(num_classes, *SMALL[name])
+    elif name in TORCHVISION:            # it refuses a number of classes that weights do not have
         net = AtOwnStride(torchvision.models.get_model(
-            name, weights=None, weights_backbone=weights_backbone, num_classes=num_classes))
+            name, weights=weights, weights_backbone=weights_backbone, num_classes=num_classes))
+    else:
+        net = nn.Sequential(mobilenet_v2_features(weights_backbone), DeepLabHead(320, num_classes))
     return SegmentationModel(net, name, num_classes, **more)
 
 
@@ -230,21 +223,20 @@ def freeze(model):
 
 @torch.no_grad()
 def cost(model, size):
-    """Return (parameters, multiply-adds for one image of size (H, W)); see torch's flop_counter."""
-    training, device = model.training, next(model.parameters()).device
+    """Return (parameters, multiply-adds for one image of size (H, W)) of a network in eval mode."""
     with FlopCounterMode(display=False) as counter:
-        model.eval()(torch.zeros(1, 3, *size, device=device))
-    model.train(training)
+        model(torch.zeros(1, 3, *size))
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
 
 
-def demo():
-    """Print what each network costs."""
-    print(f"{'model':32s}{'parameters':>14s}{'multiply-adds at 96x128':>28s}")
-    for name in MODELS:
-        parameters, macs = cost(build_model(name, 11), (96, 128))
-        print(f"{name:32s}{parameters / 1e6:12.2f} M{macs / 1e6:26.0f} M")
+def print_costs(models, size):
+    """Print what the networks {name: model} cost at size (H, W); return {name: cost}."""
+    print(f"{'model':32s}{'parameters':>14s}{f'multiply-adds at {size[0]}x{size[1]}':>30s}")
+    costs = {name: cost(model, size) for name, model in models.items()}
+    for name, (parameters, macs) in costs.items():
+        print(f"{name:32s}{parameters / 1e6:12.2f} M{macs / 1e6:28.0f} M")
+    return costs
 
 
 if __name__ == "__main__":
-    demo()
+    print_costs({name: build_model(name, 11).eval() for name in MODELS}, (96, 128))

@@ -69,7 +69,8 @@ def sample_weights(distances, method="minmax"):
         raise ValueError("distances must be finite; leave out images that have no finite distance")
     if method == "rank":
         _, group, counts = distances.unique(return_inverse=True, return_counts=True)
-        distances = (counts.cumsum(0) - (counts + 1) / 2)[group]       # mean rank of each tie
+        ranks = counts.cumsum(0) - (counts + 1) / 2                    # mean rank of each tie
+        distances = ranks[group]
     elif method != "minmax":
         raise ValueError(f"method {method!r} is unknown; expected 'minmax' or 'rank'")
     low, high = distances.min(), distances.max()
@@ -97,8 +98,8 @@ def weighted_loss(losses, weights, mean_weight):
     """Return the loss of a batch, a scalar, from its losses (B,), its weights (B,) and mean(w).
 
     mean_weight: the mean over the whole selected set. Dividing by it makes the weights average 1
-    over an epoch, and the learning rate keeps its meaning. Dividing by the mean of the batch
-    instead would give a batch of far images as large a step as a batch of near ones.
+    over an epoch, so losses are comparable between schedules. Dividing by the mean of the batch
+    instead would give a batch of far images as large a loss as a batch of near ones.
     """
     return (weights * losses).mean() / mean_weight
 

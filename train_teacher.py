@@ -9,7 +9,7 @@ Use it
     python distill.py --teacher runs/teacher/teacher.pt --pool DIR --dataset camvid --data-root DIR
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -102,12 +102,9 @@ def builtin_teacher(size=None, device="auto", amp="auto"):
     cfg = Config(dataset="scenes", data_root=root, eval_split="val", image_size=size, steps=300,
                  device=device, amp=amp)
     out = Path(f"runs/teacher-{records.digest(cfg)}")
-    if (out / "teacher.pt").exists():
-        print(f"reusing the drawn scenes in {root} and the teacher in {out}/teacher.pt")
-    else:
-        cfg = replace(cfg, out=str(out), resume=records.started(out))
-        with records.open_run(cfg):
-            train_teacher(cfg, out)
+    print(f"drawn scenes: {root}; their teacher: {out}/teacher.pt")
+    if not (out / "teacher.pt").exists():            # an interrupted training resumes by itself
+        train_teacher(cfg, out)
     return root, f"{out}/teacher.pt"
 
 

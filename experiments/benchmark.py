@@ -6,7 +6,7 @@ Idea
     step by a bare step of the student (forward, a loss of one line, backward, optimizer), a scan of
     photos by decoding and scoring them. Both are measured in turns in one process. A row shows the
     median and quartiles of their ratios. On a CPU, processor time is measured: other programs
-    disturb it less.
+    disturb it less. "setup" is a run of distill.py of one step.
 
 Use it
     python -m experiments.benchmark                      # minutes; steadiest with OMP_NUM_THREADS=1
@@ -64,7 +64,10 @@ def ratio(floor, call, repeats, device):
 
 
 def memory(count):
-    """Return the peak memory of scoring `count` images, divided by that of scoring a tenth."""
+    """Return the peak memory of scoring `count` images, divided by that of scoring a tenth.
+
+    Measured before all else: any higher peak would hide it.
+    """
     peaks = []
     for n in (count // 10, count):
         score_pool(lambda images: images.mean(dim=(1, 2, 3)),
@@ -93,8 +96,8 @@ def training(files, size, steps, device):
     teacher, images = network("resnet_small", size, device)
     student = build_model("resnet_tiny", 21).to(device)
     optimizer = torch.optim.AdamW(student.parameters(), 1e-4, fused=True)
-    autocast = partial(torch.autocast, device.type, torch.bfloat16,
-                       enabled=pick_amp("auto", device) is not None)
+    amp = pick_amp("auto", device)
+    autocast = partial(torch.autocast, device.type, amp or torch.bfloat16, enabled=amp is not None)
     cfg = distill.Config(budget=0, batch_size=batch, views=views, steps=10 ** 6)
     teacher_pass = partial(distill.compute_teacher_logits, teacher, autocast,
                            comparison_size(teacher, student, (h, w)), cfg)
@@ -103,7 +106,7 @@ def training(files, size, steps, device):
         distill.distill(teacher, student, files, (h, w), replace(cfg, views=1, steps=steps))
 
     def bare_steps():
-        distil(1)                        # for what a run does once: `distil` does it, too
+        distil(1)                          # what a run does once, which is not of interest here
         student.train()
         for _ in range(steps):
             with autocast():
@@ -112,13 +115,11 @@ def training(files, size, steps, device):
             loss.backward()
             optimizer.step()
 
-    def cache():
-        TeacherCache(teacher_pass, Views(files, (h, w), 0), cfg, device)
-
-    yield (f"train resnet_tiny, {steps} steps of {batch} x {h}x{w}", "student", 1.3,
+    yield (f"train resnet_tiny, {steps} steps of {batch} x {h}x{w}", "setup + student", 1.3,
            bare_steps, partial(distil, steps + 1))
     yield (f"cache {views} views of {len(files)} JPEGs, {batch} x {h}x{w}, resnet_small", "teacher",
-           1.1, partial(bare_passes, teacher, images, views * len(files) // batch, autocast), cache)
+           1.1, partial(bare_passes, teacher, images, views * len(files) // batch, autocast),
+           lambda: TeacherCache(teacher_pass, Views(files, (h, w), 0), cfg, device))
 
 
 def scoring(files, size, wide, device):
@@ -151,18 +152,18 @@ def main(argv=None):
     """Measure on one device, write the record and return it."""
     cfg = parse(Config, argv, "Measure how close each step is to its floor.")
     device = pick_device(cfg.device)
-    size, wide, steps, count = ((2, 3, 32, 48), (2, 3, 48, 64), 5, 1000) if cfg.quick else (
-        (16, 3, 96, 128), (2, 3, 520, 520), 300, 100_000)
-    rows = [{"what": f"peak memory of scoring {count:,} images", "floor": f"{count // 10:,}",
-             "target": 1.05, **memory(count)}]         # first: a peak would hide what comes later
+    size, wide, steps, count = (16, 3, 96, 128), (2, 3, 520, 520), 300, 100_000
+    if cfg.quick:
+        size, wide, steps, count = (2, 3, 32, 48), (2, 3, 48, 64), 5, 1000
+    rows = [(f"peak memory of scoring {count:,} images", f"{count // 10:,}", 1.05, memory(count))]
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(None):
         files = [Path(folder, f"{i}.jpg") for i in range(size[0])]
         for i, file in enumerate(files):
             Image.effect_mandelbrot((640, 480), (-2, -1, 1, 1 + i / 100), 50).save(file)
-        for what, name, target, floor, call in (*training(files, size, steps, device),
-                                                *scoring(files, size, wide, device)):
-            rows.append({"what": what, "floor": name, "target": target,
-                         **ratio(floor, call, cfg.repeats, device)})
+        rows += [(*about, ratio(floor, call, cfg.repeats, device)) for *about, floor, call in (
+            *training(files, size, steps, device), *scoring(files, size, wide, device))]
+    rows = [{"what": what, "floor": name, "target": target, **numbers}
+            for what, name, target, numbers in rows]
     record = {"environment": environment(device), "repeats": cfg.repeats, "rows": rows}
     save_json(record, Path(cfg.out) / f"benchmark_{device.type}.json")
     print(table(record))

@@ -12,8 +12,7 @@ Use it
         --common "--dataset camvid --data-root DIR --pool DIR --teacher T.pt --steps 2400" \\
         --extra-splits "test test:Seq05VD"                       # also score the students on these
     python -m experiments.compare --table results/scenes.json    # print the table of a record
-    python -m experiments.compare --table "results/length.json results/generators.json" \\
-        --figure results/seconds.png                             # two records as one
+    python -m experiments.compare --table "results/camvid_length.json results/camvid_7200.json"
 """
 
 import json
@@ -29,7 +28,7 @@ from pathlib import Path
 
 import distill
 import evaluate
-from experiments.tables import T95, draw, read, table
+from experiments.tables import T95, read, table
 from support.checkpoint import save_json
 from support.images import read_csv
 from support.options import Options, one_sentence, option, parse
@@ -49,7 +48,6 @@ class Config(Options):
     runs: str = option("", "folder of the single runs (default: named after --out)")
     out: str = option("results/compare.json", "the record (JSON)")
     table: str = option("", "instead: print the table of these records, in quotes")
-    figure: str = option("", "also draw retention over CPU seconds (PNG)")
 
 
 def read_preset(preset):
@@ -137,12 +135,10 @@ def collect(cfg):
 
 
 def main(argv=None):
-    """Run a preset and write its record, or read records; print a table, draw a figure."""
+    """Run a preset and write its record, or read records; print the table."""
     cfg = parse(Config, argv, "Compare methods over seeds; every row is a line of distill.py.")
     record = read(*shlex.split(cfg.table)) if cfg.table else collect(cfg)
     print(table(record))
-    if cfg.figure:
-        draw(record, cfg.figure)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ Paper
     teacher's mean entropy is minimised instead, so that every pixel belongs to some class.
     DFAD (Fang et al., arXiv 1912.11006): losses, 5 student updates to 1 of the generator, SGD 0.1,
     Adam 0.001 and a DCGAN; batch 64 and 75,000 updates there. Ours: both rates follow `warmup_poly`
-    of support/training.py, and the colours are standardised before tanh.
+    of support/training.py, the colours are standardised before tanh, and the generator's update
+    uses the images of the student's last one.
 
 Symbols
     B images, C channels, K classes, L layers, H W pixels, h w of the logits.
@@ -41,7 +42,6 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.utils import save_image
 
-import distill
 from bn_stats import bn_distance, bn_layers, capture_bn_inputs
 from experiments.baselines import mean_entropy
 from models import MODELS, freeze
@@ -120,10 +120,6 @@ def dfad(teacher, student, generator, size, cfg, out=None):
     run = Training(nn.ModuleList([student, generator]), student_opt, scheduler, cfg, out,
                    about=(teacher, size))
 
-    def generate():
-        noise = torch.randn(cfg.batch_size, NOISE, 1, 1, device=run.device)
-        return (generator(noise) + 1) / 2                                          # (B, 3, H, W)
-
     def l1_gap(images):
         logits = [resize(network(images).float(), logit_size) for network in (student, teacher)]
         return F.l1_loss(*logits)                                            # of (B, K, h, w) each
@@ -135,15 +131,15 @@ def dfad(teacher, student, generator, size, cfg, out=None):
         run.scaler.update()
 
     for (step,) in run.batches([()] * cfg.steps, "DFAD"):                        # there is no data
+        noise = torch.randn(cfg.batch_size, NOISE, 1, 1, device=run.device)
         with run.autocast():
-            with torch.no_grad():
-                images = generate()
-            loss = l1_gap(images)
+            images = (generator(noise) + 1) / 2                                    # (B, 3, H, W)
+            loss = l1_gap(images.detach())
         update(student_opt, loss)
         if step % 5 == 4:
             gen_opt.param_groups[0]["lr"] = 1e-3 * student_opt.param_groups[0]["lr"] / cfg.lr
             with run.autocast():
-                gen_loss = -(l1_gap(generate()) + 1).log()
+                gen_loss = -(l1_gap(images) + 1).log()
             update(gen_opt, gen_loss)          # the student's next update clears its gradients
         scheduler.step()
         run.log(loss)
@@ -154,12 +150,10 @@ def dfad(teacher, student, generator, size, cfg, out=None):
 
 def shuffle_tiles(image, grid):
     """Return an image with its grid x grid tiles in random order: (3, H, W) -> (3, H, W)."""
-    C, H, W = image.shape
-    h, w = H // grid, W // grid
-    tiles = image[:, :h * grid, :w * grid].reshape(C, grid, h, grid, w)         # (C, gy, h, gx, w)
-    tiles = tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)                          # (gy*gx, C, h, w)
-    tiles = tiles[torch.randperm(grid * grid)]
-    return tiles.view(grid, grid, C, h, w).permute(2, 0, 3, 1, 4).reshape(C, h * grid, w * grid)
+    h, w = (side // grid for side in image.shape[1:])
+    tiles = image[:, :h * grid, :w * grid].unfold(1, h, h).unfold(2, w, w)      # (3, gy, gx, h, w)
+    tiles = tiles.flatten(1, 2)[:, torch.randperm(grid * grid)].unflatten(1, (grid, grid))
+    return tiles.transpose(2, 3).reshape(3, grid * h, grid * w)
 
 
 @dataclass(frozen=True)
@@ -174,6 +168,7 @@ class Config(Running):
     batch_size: int = option(16, "deepinversion, dfad: images at a time", min=1)
     lr: float = option(0.1, "dfad: the student's highest learning rate")
     student_model: str = option("resnet_tiny", "dfad: student network", MODELS)
+    student_weights: str = option("none", "dfad: pretrained on ImageNet", ("none", "imagenet"))
 
 
 def make(cfg, out):
@@ -187,9 +182,8 @@ def make(cfg, out):
             # Twice the size that is used, so that random crops are not blurred.
             image = to_tensor(resized_crop(load_image(path), [2 * side for side in size])) / 255
             save_image(shuffle_tiles(image, cfg.grid), out / f"{i:04d}.png")
-    elif cfg.method == "dfad":                    # the student of distill.py with this seed
-        student = command.build_student(
-            distill.Config(student_model=cfg.student_model, seed=cfg.seed), teacher)
+    elif cfg.method == "dfad":
+        student = command.build_student(cfg, teacher)         # that of distill.py with this seed
         curve = dfad(teacher, student, new_generator(size).to(device), size, cfg, out)
         checkpoint.save_model(student, out / "student.pt")
         records.write_csv(out / "curve.csv", ("step", "loss"), curve)
@@ -199,7 +193,7 @@ def make(cfg, out):
             for i, image in enumerate(deepinversion(teacher, noise, cfg.steps), first):
                 save_image(image, out / f"{i:04d}.png")
     timer("making")
-    metrics = dict(zip(("seconds", "processor_seconds"), timer["making"], strict=True))
+    metrics = {"seconds": timer["making"][0], "processor_seconds": timer["making"][1]}
     checkpoint.save_json(metrics, out / "metrics.json")
     (out / "state.pt").unlink(missing_ok=True)
     print(f"{cfg.method}: {metrics['seconds']:.0f} s, written to {out}")

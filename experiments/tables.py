@@ -1,4 +1,4 @@
-"""What records say: a table of rows, a comparison over several teachers, a figure.
+"""What records say: a table of rows, and a comparison over several teachers.
 
 Idea
     A record holds every run of a table with its seed. Two rows are compared seed by seed, because
@@ -20,10 +20,6 @@ import re
 from collections import Counter
 from pathlib import Path
 from statistics import mean, stdev
-
-from matplotlib.figure import Figure
-
-from support import figures
 
 # Two-sided 95 % quantiles of Student's t for n values (n - 1 degrees of freedom).
 T95 = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), 2))
@@ -148,29 +144,3 @@ def teachers(paths, expressions=TEACHERS, transposed=False):
     lines.append([f"mean of {len(paths)} teachers", *map(interval, means, signs)])
     header, *lines = zip(*lines, strict=True) if transposed else lines
     return markdown(header, lines)
-
-
-# ---------------------------------------------------------------- figure
-
-def draw(record, path):
-    """Write a figure: retention of each row over CPU seconds. Rows of one series form a line.
-
-    Raises ValueError if no row has both.
-    """
-    rows, lines = by_row(record), {}
-    for row, runs in rows.items():
-        original, seconds = matching_row(row, rows, ORIGINAL), cpu_seconds(runs)
-        if original and seconds:
-            retention = mean(values(rows, f"{row} / {original}"))
-            lines.setdefault(split_name(row)[0], []).append((mean(seconds), retention))
-    if not lines:
-        raise ValueError("the record has no row 'original images', or no CPU seconds, to draw; "
-                         "add a record that has")
-    figure = Figure(figsize=(7, 3.8), layout="constrained")
-    ax = figure.subplots()
-    for name, points in lines.items():
-        ax.plot(*zip(*points, strict=True), "o-", label=name)
-    ax.set(xscale="log", xlabel="CPU seconds of training, and of making synthetic images",
-           ylabel="retention, %")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    figures.save_png(figure, path)

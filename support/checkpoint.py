@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from models import MODELS, build_model
+from models import MODELS, SPECS, build_model
 from support import networks
 from support.labelled import read_class_names
 
@@ -45,12 +45,11 @@ def atomic(path):
         temporary.unlink(missing_ok=True)
 
 
-def save(state, path, write=torch.save):
-    """Write a dict of tensors and plain values, or what else torch can write to a file."""
-    # By way of memory: on a full disk torch.save raises a RuntimeError that says nothing of disks,
-    # and torch.export.save ends the process.
+def save(state, path):
+    """Write a dict of tensors and plain values."""
+    # By way of memory: on a full disk torch.save raises a RuntimeError that says nothing of disks.
     buffer = io.BytesIO()
-    write(state, buffer)
+    torch.save(state, buffer)
     with atomic(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
 
@@ -77,20 +76,19 @@ def load(path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                 # the unpickler raises nearly anything on bad input
         parts = str(zipfile.ZipFile(path).namelist()) if zipfile.is_zipfile(path) else ""
-        kind = ("is a folder" if Path(path).is_dir() else
-                "needs the package safetensors" if isinstance(error, ImportError) else
-                "is a TorchScript program" if "/constants.pkl" in parts else
-                "is an exported program" if "/archive_format" in parts else
-                "is damaged, or holds more than tensors and plain values, such as a whole network")
-        raise ValueError(f"{path} {kind} (nothing in it was run); expected a student.pt, a "
+        kind = ("a folder" if Path(path).is_dir() else
+                "a file for the package safetensors" if isinstance(error, ImportError) else
+                "a TorchScript program" if "/constants.pkl" in parts else
+                "an exported program" if "/archive_format" in parts else
+                "damaged, or holds code, such as a whole network")
+        raise ValueError(f"{path} is {kind} (nothing in it was run); expected a student.pt, a "
                          "teacher.pt or a state dict") from error
 
 
 def save_model(model, path):
     """Write a SegmentationModel with all it takes to build it again; else ValueError."""
     if model.name not in MODELS and ":" not in model.name:
-        raise ValueError(f"{model.name} cannot be built again from a checkpoint; give it as "
-                         "path/to/file.py:function, or save its state_dict() yourself")
+        raise ValueError(f"{model.name} cannot be built again from its name; expected {SPECS}")
     save({"format": FORMAT, "model": model.name, "num_classes": model.num_classes,
           "class_names": model.class_names, "image_size": model.image_size,
           "state_dict": model.state_dict()}, path)
@@ -114,12 +112,8 @@ def load_model(path, model=None, num_classes=None, class_names=None):
     saved = state["model"] if isinstance(state, dict) and state.get("format") == FORMAT else None
     if model is None and (saved is None or ":" in saved):
         raise ValueError(f"{path} holds {saved or 'no model of this repository'}; name its network "
-                         "as well (--model, --teacher-model): path/to/file.py:function, or one of "
-                         f"{', '.join(MODELS)}")
-    name = model or saved
-    if saved not in (None, name) and not (":" in saved and ":" in name):
-        raise ValueError(f"{path} holds model {saved}, but {name} was asked for")
-    weights = state["state_dict"] if saved else networks.find_weights(state, path)
+                         f"as well (--model, --teacher-model): {SPECS}")
+    name, weights = model or saved, networks.find_weights(state, path)
     network = (networks.load_file(name) if ":" in name else
                build_model(name, networks.count_outputs(name, weights)))
     networks.fit_weights(network if saved else network.net, weights, path)

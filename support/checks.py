@@ -5,6 +5,7 @@ Use it
     print(describe_fit(teacher, result))                  # does the pool fit the teacher?
 """
 
+import copy
 import math
 
 import torch
@@ -17,65 +18,53 @@ from support.options import pick_amp
 
 @torch.no_grad()
 def check_teacher(teacher, layers, images):
-    """Return the logits of a teacher; ValueError if it is not finite, or was never trained."""
-    tensors = [*teacher.parameters(), *teacher.buffers()]
-    if not all(x.isfinite().all() for x in tensors) or any((m.running_var < 0).any()
-                                                           for m in layers.values()):
-        raise ValueError("the teacher's weights or statistics are infinite, NaN or negative; take "
-                         "another teacher")
+    """Return the logits of a teacher; ValueError if not finite, or if it was never trained."""
     logits = teacher(images)                                                     # (B, K, h, w)
+    if not logits.isfinite().all():
+        raise ValueError("the teacher's logits are infinite or NaN; is its checkpoint damaged?")
     untouched = all((m.running_mean == 0).all() and (m.running_var == 1).all()
                     for m in layers.values())
     if untouched or torch.equal(logits[0], logits[1]):
-        raise ValueError("the teacher looks untrained: were its weights loaded? Its BatchNorm "
-                         "statistics are still 0 and 1, or its output is the same for any image")
+        raise ValueError("the teacher looks untrained: were its weights loaded?")
     if logits.min() >= 0 and (logits.sum(dim=1) - 1).abs().max() < 1e-3:
         print("warning: the teacher's outputs look like probabilities (softmax); expected logits")
     return logits
 
 
 def rehearse(student, images, amp=None):
-    """Return the student's logits in one rehearsed training step, which leaves it as it was.
+    """Return a student's logits in one training step, rehearsed with a copy of it.
 
     amp: the dtype of autocast, if any. ValueError for a student that cannot be trained on such a
     batch; what torch raises where the memory does not suffice.
     """
-    state = {name: x.clone() for name, x in student.state_dict().items()}
     try:
-        with torch.autocast(images.device.type, amp or torch.bfloat16, enabled=amp is not None):
-            logits = student.train()(images)                                     # (B, K, h, w)
-        weights = [p for p in student.parameters() if p.requires_grad]
+        rehearsed = copy.deepcopy(student).train()
+        with torch.autocast(images.device.type, amp, enabled=amp is not None):
+            logits = rehearsed(images)                                           # (B, K, h, w)
+        weights = [p for p in rehearsed.parameters() if p.requires_grad]
         torch.autograd.grad(logits.float().square().mean(), weights, allow_unused=True)
     except Exception as error:
         if "memory" in str(error):                   # one_sentence says what to lower
             raise
-        raise ValueError("the student failed in a rehearsed training step on "
-                         f"{tuple(images.shape)} images: {error}") from error
-    finally:
-        student.load_state_dict(state)
-        student.eval()
+        raise ValueError(f"the student failed in a rehearsed training step: {error}") from error
     return logits.detach()
 
 
 def check_inputs(teacher, student, layers, pool, cfg):
     """Raise ValueError for what would otherwise show after the pool has been scored."""
     if cfg.budget > len(pool):
-        raise ValueError(f"the budget is {cfg.budget}, but the pool has {len(pool)} files; use "
-                         "--budget 0 for all of them")
+        raise ValueError(f"the budget is {cfg.budget}, but the pool has {len(pool)} files; "
+                         "--budget 0 takes all")
     if {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}:
         raise ValueError("teacher and student share weights; give the student a network of its own")
-    if not any(p.requires_grad for p in student.parameters()):
-        raise ValueError("all weights of the student are frozen; set requires_grad on them")
-    images = torch.rand(max(2, cfg.batch_size), 3, *pool.size,
-                        generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(max(2, cfg.batch_size), 3, *pool.size, generator=generator)
     images = images.to(next(teacher.parameters()).device)
-    amp = pick_amp(cfg.amp, images.device)
-    teacher_logits = check_teacher(teacher, layers, images[:2])
-    student_logits = rehearse(student, images[:cfg.batch_size], amp)
-    if student_logits.shape[1] != teacher_logits.shape[1] or teacher_logits.shape[1] < 2:
-        raise ValueError(f"the teacher has {teacher_logits.shape[1]} output channels and the "
-                         f"student {student_logits.shape[1]}; expected one for each of two or "
-                         "more classes in both, background included")
+    theirs = check_teacher(teacher, layers, images[:2]).shape[1]
+    ours = rehearse(student, images[:cfg.batch_size], pick_amp(cfg.amp, images.device)).shape[1]
+    if ours != theirs or theirs < 2:
+        raise ValueError(f"the teacher has {theirs} output channels and the student {ours}; "
+                         "expected one per class in both, at least two, background included")
 
 
 # ---------------------------------------------------------------- does the pool fit the teacher?
@@ -112,6 +101,5 @@ def describe_fit(teacher, result, most=200):
     selected = shift(result["selected"])
     usable = shift(result["scores"].isfinite().nonzero().flatten())
     fit = "fits well" if selected < 0.4 else "fits in part" if selected < 0.7 else "hardly fits"
-    return (f"This pool {fit}: the selected images lie {selected:.2f} standard deviations from "
-            f"the teacher's\nchannel means, the whole pool {usable:.2f} (training images of one "
-            "teacher: 0.2). Look at the\nnearest images, too.")
+    return (f"This pool {fit}: the selected images lie {selected:.2f} standard deviations from the "
+            f"teacher's\nchannel means, the whole pool {usable:.2f}. Look at the images, too.")

@@ -6,7 +6,6 @@ Use it
 
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -21,6 +20,7 @@ from support.images import drop_copies, find_images, hold_out
 from support.networks import load_network
 from support.labelled import DATASETS, Labels, check_labels, labels, open_labelled
 from support.options import Running, option, pick_device, pick_workers
+from support.records import by_name
 
 inputs, method = partial(option, group="inputs"), partial(option, group="method")
 
@@ -31,20 +31,15 @@ class Inputs(Labels, Running):
 
     dataset: str = labels("scenes", "labels to evaluate on; none: no labels", tuple(DATASETS))
     split: str = labels("val", "part to evaluate on; 'val:A,B' keeps files that begin so")
-    teacher: str | None = inputs(None, "teacher.pt of train_teacher.py, or a state dict",
-                                 metavar="FILE")
+    teacher: str | None = inputs(None, "teacher.pt, or another state dict", metavar="FILE")
     teacher_model: str | None = inputs(None, "network of a state dict, or one with its weights: "
                                        f"FILE.py:FUNCTION, or one of {', '.join(MODELS)}")
-    teacher_weights: str | None = inputs(None, "torchvision's published weights of --teacher-model:"
-                                         " DEFAULT")
-    pool: str | None = inputs(None, "unlabelled photos: a folder, or a run's chosen.csv",
-                              metavar="PATH")
+    teacher_weights: str | None = inputs(None, "DEFAULT: torchvision's weights of --teacher-model")
+    pool: str | None = inputs(None, "photos: a folder, or a run's chosen.csv", metavar="PATH")
     image_size: tuple[int, int] | None = inputs(None, "crop size (default: the teacher's)")
-    metric: str = method("l2", "distance to the BatchNorm statistics: the paper's l2, or kl",
-                         METRICS)
+    metric: str = method("l2", "distance to the statistics: the paper's l2, or kl", METRICS)
     layers: str = method("all", "BatchNorm layers: all, early, middle, late, names, indices")
-    match_colours: bool = method(False, "match each photo's colours to the teacher's training "
-                                 "images (ours)")
+    match_colours: bool = method(False, "match photos' colours to the teacher's training images")
 
 
 def load_teacher(cfg):
@@ -55,11 +50,7 @@ def load_teacher(cfg):
         model = checkpoint.load_model(cfg.teacher, cfg.teacher_model, cfg.num_classes)
     else:
         raise ValueError("no teacher: give --teacher, or --teacher-model and --teacher-weights")
-    default = DATASETS[cfg.dataset][1]
-    if not cfg.image_size and not model.image_size:
-        print(f"the teacher does not say its image size: {default[0]}x{default[1]} is used; "
-              "BatchNorm statistics depend on it, name another by --image-size")
-    model.image_size = cfg.image_size or model.image_size or default
+    model.image_size = cfg.image_size or model.image_size or DATASETS[cfg.dataset][1]
     return freeze(model).to(pick_device(cfg.device), memory_format=torch.channels_last)
 
 
@@ -85,29 +76,23 @@ def open_inputs(cfg, out=None):
         raise ValueError("--dataset is missing; say which labels there are, or none")
     if not cfg.pool:
         raise ValueError("--pool is missing; name a folder of unlabelled photos")
-    if out and Path(cfg.pool).resolve() in out.resolve().parents:
-        raise ValueError(f"--out {out} lies in the pool, which its figures would join; name "
-                         "another folder")
     teacher, files = load_teacher(cfg), find_images(cfg.pool)
     size = teacher.image_size
     if cfg.dataset == "none":
         files, others = hold_out(files)
         held_out = [(x, None) for _, x, readable in DataLoader(Pool(others, size)) if readable]
         if not held_out:
-            raise ValueError(f"no image held out for agreement is readable: {others[0]}, for one")
+            raise ValueError(f"no image held out for agreement can be read, such as {others[0]}")
     else:
         labelled = open_labelled(cfg.dataset, cfg.data_root, cfg.split, size, teacher.num_classes,
                                  cfg.download)
         check_labels(labelled, teacher.class_names)   # a bad one is found before hours of training
         others = labelled.images
-        # A batch needs images of one size, which only the drawn scenes are sure to have.
-        batch_size = 16 if cfg.dataset == "scenes" else 1
-        held_out = DataLoader(labelled, batch_size,
-                              num_workers=pick_workers(cfg.workers, teacher.mean.device))
+        workers = pick_workers(cfg.workers, teacher.mean.device)
+        held_out = DataLoader(labelled, num_workers=workers)      # one by one: they differ in size
     files, copies = drop_copies(files, others)
     if copies:
-        print(f"warning: {len(copies)} images of the pool, also evaluated on, are left out; "
-              "skipped.csv names them")
+        print(f"warning: {len(copies)} images of the pool are left out: they are evaluated on")
     if out:
         records.write_csv(out / "skipped.csv", ("reason",), [[reason] for reason in copies])
     return teacher, files, held_out
@@ -116,15 +101,13 @@ def open_inputs(cfg, out=None):
 def record_selection(result, cfg, out):
     """Print the outcome of steps 1 to 4 of the method; with `out`, write chosen.csv, too."""
     d, w, scores = result["distances"], result["weights"], result["scores"]
+    unusable, (H, W) = len(result["skipped"]), result["pool"].size
     start, end = (effective_sample_size(progressive_weights(w, p, cfg.schedule)) for p in (0, 1))
-    name = "distance" if cfg.sampling == "nearest" else "score"
     print(f"1 teacher   {len(result['layers'])} BatchNorm layers read\n"
-          f"2 scored    {len(scores) - len(result['skipped'])} images, {len(result['skipped'])} "
-          f"unreadable\n"
-          f"3 selected  {len(w)} ({cfg.sampling}), {name} {d[0]:.4g} to {d[-1]:.4g}, median of the "
-          f"pool {scores.nanmedian():.4g}\n"
-          f"4 weighted  {cfg.schedule}: effective sample size {start:.0f} at the start, {end:.0f} "
-          "at the end")
+          f"2 scored    {len(scores) - unusable} images at {H}x{W}, {unusable} unusable\n"
+          f"3 selected  {len(w)} ({cfg.sampling}), score {d[0]:.4g} to {d[-1]:.4g}, median of the "
+          f"pool {scores.nanmedian():.4g}\n4 weighted  {cfg.schedule}: effective sample size "
+          f"{start:.0f} at the start, {end:.0f} at the end")
     if out:
         records.write_selection(out, result)
 
@@ -144,13 +127,11 @@ def run_metrics(cfg, results, result, timer, teacher):
     labels. result: of distill.distill. timer: of all stages.
     """
     miou, count = {name: r["miou"] for name, r in results.items()}, len(result["files"])
-    # JSON has no NaN: the IoU of a class that is absent is null.
-    iou = {name: {k: None if value != value else value for k, value in zip(
-        teacher.class_names, r["iou"].tolist(), strict=False)} for name, r in results.items()}
     return {
         "teacher_miou": miou.get("teacher"), "student_miou": miou.get("student"),
         "agreement_miou": miou["agreement"],
-        "agreement_pixels": results["agreement"]["pixel_accuracy"], "iou": iou,
+        "agreement_pixels": results["agreement"]["pixel_accuracy"],
+        "iou": {name: by_name(teacher.class_names, r["iou"]) for name, r in results.items()},
         "pool_images": len(result["scores"]) - len(result["skipped"]),
         "skipped_images": len(result["skipped"]), "selected_images": count,
         "seen_images": min(cfg.steps * cfg.batch_size, count), "updates": cfg.steps,
@@ -169,12 +150,11 @@ def save_report(cfg, out, teacher, result, results, examples, timer):
     checkpoint.save_json(metrics, out / "metrics.json")   # last: with it, a run counts as finished
     (out / "state.pt").unlink(missing_ok=True)
     times = ", ".join(f"{name} {t:.0f} s" for name, t in metrics["stage_seconds"].items())
-    print(f"\n{metrics['pool_images']} pool images scored, {metrics['selected_images']} selected, "
-          f"{metrics['seen_images']} seen in {cfg.steps} updates\n{times}\n"
-          f"record and figure: {out}")
+    print("\n{pool_images} pool images scored, {selected_images} selected, {seen_images} used in "
+          "{updates} updates".format(**metrics), f"{times}\nrecord and figure: {out}", sep="\n")
     if cfg.dataset != "none":
-        print(f"student mIoU {metrics['student_miou']:.1%}, teacher {metrics['teacher_miou']:.1%}",
+        print("student mIoU {student_miou:.1%}, teacher {teacher_miou:.1%}".format(**metrics),
               end=", ")
-    print(f"agreement with the teacher {metrics['agreement_miou']:.1%} (pixels "
-          f"{metrics['agreement_pixels']:.1%})")
+    print("agreement with the teacher {agreement_miou:.1%} (pixels {agreement_pixels:.1%})".format(
+        **metrics))
     return metrics

@@ -17,15 +17,17 @@ Use it
     images, index, _ = batches[0]             # (B, 3, H, W) uint8, (B,) indices of files
 """
 
+import sys
 import time
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from support.images import (colour_matcher, find_images, load_image, resize_to_cover,
                             resized_crop, to_tensor)
+from support.options import pick_workers
 
 MAX_SCALE, JITTER = 1.6, 0.2      # of crops; of brightness and contrast
 SOURCES = 2 ** 30                 # bytes of decoded pictures that each process keeps
@@ -63,10 +65,17 @@ def open_pool(pool, teacher, size, match_colours=False):
     return Pool(files, size, colour_matcher(teacher, size) if match_colours else None)
 
 
-def iterate(loader):
-    """Yield what a DataLoader does; a file that cannot be read raises OSError, in one sentence."""
+def iterate(dataset, device, workers=None, **options):
+    """Yield what a DataLoader does; a file that cannot be read raises OSError, in one sentence.
+
+    workers: None for as many processes as the device needs. options: of the DataLoader.
+    """
+    workers = pick_workers(workers, device)
+    # Forked processes share a TeacherCache with this one; others would get a copy of it.
+    fork = "fork" if workers and sys.platform == "linux" else None
     try:
-        yield from loader
+        yield from DataLoader(dataset, num_workers=workers, multiprocessing_context=fork,
+                              pin_memory=device.type == "cuda", **options)
     except ValueError as error:                 # a worker wraps the reason in its own traceback
         reason = str(error).split("\nValueError: ")[-1].strip()
         raise OSError(f"{reason}; restore this file and resume") from error

@@ -38,14 +38,12 @@ def picture_row(figure, pictures, title, titles=None):
         ax.imshow(picture)
 
 
-def legend(figure, class_names):
-    """Name the colour of each class below a figure."""
-    colours = [*class_colours(class_names), WHITE]
+def legend(figure, class_names, colours):
+    """Name the colour of each class, and of void, below a figure."""
     # A dollar sign would start a formula.
-    patches = [Patch(facecolor=np.array(c) / 255, edgecolor=GREY, label=name.replace("$", r"\$"))
+    patches = [Patch(facecolor=c / 255, edgecolor=GREY, label=name.replace("$", r"\$"))
                for c, name in zip(colours, [*class_names, "void"], strict=True)]
-    figure.legend(handles=patches, loc="outside lower center", fontsize=8, frameon=False,
-                  ncols=min(len(patches), 10))
+    figure.legend(handles=patches, loc="outside lower center", fontsize=8, frameon=False, ncols=10)
 
 
 def histogram(ax, scores, selected, sampling):
@@ -64,14 +62,11 @@ def histogram(ax, scores, selected, sampling):
 def weight_curves(ax, weights, schedule, sampling):
     """Draw how the weights of the nearest, the middle and the farthest image move in training."""
     progress = torch.linspace(0, 1, 50).tolist()
-    curves = torch.stack([progressive_weights(weights, p, schedule) for p in progress])
-    n = len(weights)
+    curves = torch.stack([progressive_weights(weights, p, schedule) for p in progress])  # (50, N)
     _, first, last = SCORES[sampling]
-    ranks = {first: 0, "25 %": n // 4, "Median": n // 2, "75 %": 3 * n // 4, last: n - 1}
-    for shade, (name, rank) in zip((1, 0.8, 0.6, 0.45, 0.3), ranks.items(), strict=True):
-        ax.plot([100 * p for p in progress], curves[:, rank], color=ORANGE, alpha=shade, lw=2,
-                label=name)
-    ax.set(xlabel="training, %", ylabel="weight", ylim=(0, 1.05), title=f"4  Weights ({schedule})")
+    for rank, name, shade in ((0, first, 1), (len(weights) // 2, "Median", 0.6), (-1, last, 0.3)):
+        ax.plot(progress, curves[:, rank], color=ORANGE, alpha=shade, lw=2, label=name)
+    ax.set(xlabel="progress", ylabel="weight", ylim=(0, 1.05), title=f"4  Weights ({schedule})")
     ax.legend(frameon=False, fontsize=8)
 
 
@@ -103,14 +98,13 @@ def examples(held_out, models, predict, count=5):
     evenly spread. predict: from model, images, size to classes (B, h, w).
     """
     items = getattr(held_out, "dataset", held_out)
-    rows = {"Input": [], "Truth": [], **{name: [] for name in models}}
+    rows = {name: [] for name in ("Input", "Truth", *models)}
     for i in np.unique(np.linspace(0, len(items) - 1, count + 2).astype(int)[1:-1]):
         image, target = items[i]
-        image = image if image.dim() == 4 else image.unsqueeze(0)                # (1, 3, h, w)
+        image = image.reshape(1, *image.shape[-3:])                              # (1, 3, h, w)
         size = image.shape[-2:] if target is None else target.shape[-2:]
         rows["Input"].append(image[0].permute(1, 2, 0).numpy())
-        if target is not None:
-            rows["Truth"].append(target)
+        rows["Truth"] += [] if target is None else [target]
         for name, model in models.items():
             device = next(model.parameters()).device
             rows[name].append(predict(model, as_input(image, device), size)[0])
@@ -121,7 +115,7 @@ def run_figure(result, teacher, cfg, rows, path):
     """Write the figure of a run: from the pool to the student's masks. rows: of `examples`."""
     colours = np.array([*class_colours(teacher.class_names), WHITE], dtype=np.uint8)
     figure = Figure(figsize=(11, 6.3 + 1.45 * len(rows)), layout="constrained")
-    legend(figure, teacher.class_names)
+    legend(figure, teacher.class_names, colours)
     top, *parts = figure.subfigures(
         3 + len(rows), 1, height_ratios=[2.6, 1, 1] + [1.35] * len(rows))
     left, right = top.subplots(1, 2, width_ratios=(3, 2))

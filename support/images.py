@@ -7,11 +7,11 @@ Use it
 """
 
 import csv
+import glob
 import hashlib
 import math
 import os
 import warnings
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -32,33 +32,23 @@ def read_csv(path):
         return list(csv.reader(file))
 
 
-def walk(folder, seen):
-    """Yield the files below a folder, sorted. Links to folders are followed, no folder twice."""
-    if os.path.realpath(folder) not in seen:
-        seen.add(os.path.realpath(folder))
-        for path in sorted(Path(folder).iterdir()):
-            if path.is_dir():
-                yield from walk(path, seen)
-            else:
-                yield path
-
-
 def find_images(folder):
     """Return the image files anywhere below a folder, sorted.
 
-    Instead of a folder: a CSV whose first column is `file`, such as a run's chosen.csv; its files
-    are returned in its order. FileNotFoundError if there is no such folder or no image in it;
+    Links are followed; names that begin with a dot are left out. Instead of a folder: a CSV whose
+    first column is `file`, such as a run's chosen.csv; its files are returned in its order.
+    FileNotFoundError if there is no such folder or no image in it;
     ValueError if the CSV has no such column.
     """
     if str(folder).lower().endswith(".csv") and Path(folder).is_file():
-        rows = [row for row in read_csv(folder) if row]
+        rows = read_csv(folder)
         if len(rows) < 2 or rows[0][0] != "file":
             raise ValueError(f"{folder} lists no images; expected that its first column is 'file'")
         return [Path(name) for name, *_ in rows[1:]]
     if not folder or not Path(folder).is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; expected a folder of images")
-    found = [path for path in walk(folder, set())
-             if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")]
+    found = sorted(Path(folder, name) for name in glob.iglob("**", root_dir=folder, recursive=True)
+                   if name.lower().endswith(IMAGE_SUFFIXES))
     if not found:
         raise FileNotFoundError(f"no image below {folder}; expected {', '.join(IMAGE_SUFFIXES)}")
     return found
@@ -79,8 +69,7 @@ def load_image(path, at_least=None, upright=True):
                 image.draft("RGB", (2 * max(at_least), 2 * max(at_least)))
             image.load()
             if upright:
-                with suppress(Exception):         # damaged EXIF: the pixels are fine
-                    image = ImageOps.exif_transpose(image)
+                image = ImageOps.exif_transpose(image)
             if image.mode[0] in "IF":             # convert("RGB") would clip them to white
                 raise ValueError("more than 8 bits per channel; convert it to 8")
             return image.convert("RGB")
@@ -155,8 +144,6 @@ def colour_matcher(teacher, size):
 def hold_out(files):
     """Return (files to learn from, files to measure agreement on): every twentieth, at most 200."""
     step = max(20, math.ceil(len(files) / 200))
-    if len(files) < step:
-        raise ValueError(f"the pool has {len(files)} images; --dataset none needs at least {step}")
     return [f for i, f in enumerate(files) if i % step], files[::step]
 
 
@@ -174,5 +161,5 @@ def drop_copies(files, others):
     twins = {path: known.get(digest(path)) for path in files
              if os.path.isfile(path) and os.path.getsize(path) in sizes}
     return ([path for path in files if not twins.get(path)],
-            [f"{path}: the same image as {other}, which is evaluated on"
-             for path, other in twins.items() if other])
+            [f"{path}: the same image as {twin}, which is evaluated on"
+             for path, twin in twins.items() if twin])

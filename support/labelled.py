@@ -15,6 +15,7 @@ Use it
 """
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -78,8 +79,8 @@ class Labelled(Dataset):
     def __getitem__(self, index):
         image, mask = load_image(self.images[index], upright=False), self.mask(index)
         if image.size != mask.size:
-            raise ValueError(f"{self.labels[index]} is {mask.width}x{mask.height} but its image is "
-                             f"{image.width}x{image.height}; they must have the same size")
+            raise ValueError(f"{self.labels[index]} is {mask.width}x{mask.height}, but its image "
+                             f"{image.width}x{image.height}")
         return to_tensor(resize_to_cover(image, self.size)), self.classes(mask, index)
 
     def mask(self, index):
@@ -97,18 +98,17 @@ class Labelled(Dataset):
                              "index mask of 8 bits in a lossless format such as PNG")
         for value in np.bincount(values.ravel()).nonzero()[0].tolist() if palette else ():
             colour = tuple(palette[3 * value:3 * value + 3])
-            expected = self.colours.setdefault(value, colour)
-            if colour != expected:
-                raise ValueError(f"{path} gives the value {value} the colour {colour}, expected "
-                                 f"{expected}; an image editor may have renumbered its classes")
+            if colour != self.colours.setdefault(value, colour):
+                raise ValueError(f"{path} gives the value {value} the colour {colour}, not "
+                                 f"{self.colours[value]}; has an editor renumbered its classes?")
         return Image.fromarray(values.astype(np.uint8))
 
     def classes(self, mask, index):
         """Return the classes of an index mask that belongs to a file: int64 (H, W)."""
         target = self.table[to_tensor(mask).long()]
         if (target < 0).any():
-            bad = sorted(set(np.asarray(mask)[(target < 0).numpy()].tolist()))
-            raise ValueError(f"{self.labels[index]} holds the label values {bad[:8]}, none of its "
+            bad = np.unique(np.asarray(mask)[(target < 0).numpy()])[:8].tolist()
+            raise ValueError(f"{self.labels[index]} holds the label values {bad}, none of its "
                              f"{len(self.class_names)} classes; see docs/data.md for classes.txt")
         return target
 
@@ -130,17 +130,13 @@ def open_labelled(dataset, root, split, size, num_classes=None, download=False):
     names = [name for name in dict.fromkeys(values) if name != VOID]
     most = num_classes or IGNORE
     if not 0 < len(names) <= most or set(values[IGNORE:]) - {VOID}:
-        raise ValueError(f"{dataset} has {len(names) or 'an unknown number of'} classes, expected "
-                         f"1 to {most} (--num-classes, classes.txt) with values below {IGNORE}")
+        raise ValueError(f"{dataset} has {len(names)} classes, expected 1 to {most} with values "
+                         f"below {IGNORE}; see --num-classes and classes.txt in docs/data.md")
     pairs = [pair for pair in pairs if pair[0].name.startswith(tuple(sequences.split(",")))]
     if not pairs:
         raise ValueError(f"{root} has no image in split {split!r}")
-    absent = [path for pair in pairs for path in pair if not path.is_file()]
-    if absent:                                          # better now than after hours of training
-        raise FileNotFoundError(f"{len(absent)} files of {dataset}, split {split!r}, are missing; "
-                                f"the first is {absent[0]}")
-    table = torch.full((256,), -1)
     # Official labelIds know no 255: a file with one holds train ids under a wrong name.
+    table = torch.full((256,), -1)
     table[IGNORE] = -1 if dataset == "cityscapes" else IGNORE
     for value, name in enumerate(values[:IGNORE]):
         table[value] = IGNORE if name == VOID else names.index(name)
@@ -158,11 +154,11 @@ def find_pairs(dataset, root, part, download):
     if dataset == "voc":
         return voc_pairs(root / "VOCdevkit" / "VOC2012", part, download), VOC
     if dataset == "cityscapes":
-        fine, images = root / "gtFine" / part, find_images(root / "leftImg8bit" / part)
-        pairs = [(path, fine / path.parent.name
+        images = find_images(root / "leftImg8bit" / part)
+        pairs = [(path, root / "gtFine" / part / path.parent.name
                   / path.name.replace("leftImg8bit", "gtFine_labelIds")) for path in images]
-        return pairs, [VOID if c.train_id == 255 else c.name
-                       for c in Cityscapes.classes[:-1]]                # the last has the id -1
+        known = Cityscapes.classes[:-1]                                 # the last has the id -1
+        return pairs, [VOID if c.train_id == 255 else c.name for c in known]
     names = read_class_names(root / "classes.txt") or DATASETS[dataset][0]
     root = root / part if (root / part).is_dir() else root
     return paired(root / "images", root / "labels"), names
@@ -176,14 +172,9 @@ def voc_pairs(voc, part, download):
     listing = voc / "ImageSets" / "Segmentation" / f"{part}.txt"
     if download and not listing.is_file():    # torchvision would unpack the archive on every run
         torchvision.datasets.VOCSegmentation(voc.parent.parent, download=True)
-    if not listing.is_file():
-        raise FileNotFoundError(f"no Pascal VOC 2012 with the split {part!r}: there is no {listing}"
-                                "; --download fetches all but trainaug")
-    masks = "SegmentationClassAug" if "aug" in part else "SegmentationClass"
-    lines = [line.split() for line in listing.read_text().splitlines() if line.strip()]
-    names = [line if len(line) == 2 else (f"JPEGImages/{line[0]}.jpg", f"{masks}/{line[0]}.png")
-             for line in lines]
-    return [(voc / image.lstrip("/"), voc / label.lstrip("/")) for image, label in names]
+    masks = voc / ("SegmentationClassAug" if "aug" in part else "SegmentationClass")
+    names = [Path(line.split()[0]).stem for line in listing.read_text().strip().splitlines()]
+    return [(voc / "JPEGImages" / f"{name}.jpg", masks / f"{name}.png") for name in names]
 
 
 def paired(images, labels):
@@ -191,14 +182,14 @@ def paired(images, labels):
 
     Raises ValueError that names an image without a label, or with two.
     """
-    by_name = {}
+    found = defaultdict(list)
     for path in find_images(labels):
-        by_name.setdefault(path.relative_to(labels).with_suffix(""), []).append(path)
-    pairs = [(path, *by_name.get(path.relative_to(images).with_suffix(""), ()))
+        found[path.relative_to(labels).with_suffix("")].append(path)
+    pairs = [(path, *found[path.relative_to(images).with_suffix("")])
              for path in find_images(images)]
-    for image, *found in pairs:
-        if len(found) != 1:
-            raise ValueError(f"{image} has {len(found)} labels of its name in {labels}, not one")
+    for pair in pairs:
+        if len(pair) != 2:
+            raise ValueError(f"{pair[0]} has {len(pair) - 1} labels of its name in {labels}, not 1")
     return pairs
 
 
@@ -243,9 +234,9 @@ def check_labels(data, names=None, most=2000):
     count = sum(data[i][1].flatten().bincount(minlength=256)                           # (256,)
                 for i in progress(indices, "checking labels", leave=False))
     absent = [name for name, pixels in zip(data.class_names, count, strict=False) if not pixels]
-    found = [f"{k} (void)" if k == IGNORE else str(k) for k in count.nonzero().flatten().tolist()]
-    words = f"no label has {', '.join(absent)}; values found: {', '.join(found)}"
-    if absent and len(found) == 2 and count[IGNORE]:
-        raise ValueError(f"{words}; are two classes saved as 0 and 255 instead of 0 and 1?")
     if absent:
+        found = ", ".join(str(k) for k in count.nonzero().flatten().tolist())
+        words = f"no label has {', '.join(absent)}; classes found: {found} ({IGNORE}: void)"
+        if count[:IGNORE].count_nonzero() < 2 and count[IGNORE]:
+            raise ValueError(f"{words}; are two classes saved as 0 and 255 instead of 0 and 1?")
         print(f"warning: {words}")

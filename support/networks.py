@@ -1,12 +1,22 @@
 """Networks that others wrote: a function of a Python file, and weights as others save them.
 
-Use it
-    from support.networks import load_network
-    network = load_network("nets.py:unet")            # runs nets.py and calls unet()
+Idea
+    `--teacher-model nets.py:unet` runs nets.py, which is the user's own code, and calls unet(). It
+    takes no argument and returns an nn.Module from RGB in [0, 1] to logits (B, K, h, w), or what
+    `models.wrap` makes of one. The module may have the attributes class_names, image_size (H, W)
+    and multiple.
 
-`unet` takes no argument and returns an nn.Module from RGB in [0, 1] to logits (B, K, h, w). The
-module may have the attributes class_names, image_size (H, W) and multiple (see `models.wrap`). It
-normalises its input itself, or the function returns `models.wrap(network, mean=..., std=...)`.
+Use it
+    # nets.py, with a network that wants ImageNet's normalisation and multiples of 32
+    import segmentation_models_pytorch as smp
+    import torch
+    from models import IMAGENET_MEAN, IMAGENET_STD, wrap
+
+    def unet():
+        network = smp.Unet("resnet18", encoder_weights=None, classes=3)
+        network.load_state_dict(torch.load("unet.pth", weights_only=True))
+        return wrap(network, mean=IMAGENET_MEAN, std=IMAGENET_STD, multiple=32,
+                    class_names=["road", "sky", "other"], image_size=(256, 512))
 """
 
 import runpy
@@ -14,7 +24,6 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from models import build_model, wrap
 
@@ -25,20 +34,15 @@ def load_file(spec):
     """Run a Python file; return the network of a function in it, wrapped and in eval mode.
 
     spec: path/to/file.py:function. The network's answer to an empty image tells its classes.
-    Raises FileNotFoundError, or ValueError with what went wrong in the file.
+    Raises FileNotFoundError, or ValueError with what went wrong in the file (KeyError: it has no
+    such function).
     """
     path, _, function = spec.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file():
         raise FileNotFoundError(f"there is no Python file {path!r}; expected file.py:function")
     sys.path.append(str(Path(path).resolve().parent))            # the file may import neighbours
     try:
-        found = runpy.run_path(path)
-        if function not in found:
-            raise NameError(f"there is no function {function!r} in it")
-        network = found[function]()
-        if not isinstance(network, nn.Module):
-            raise TypeError(f"expected an nn.Module, got {type(network).__name__}")
-        model = wrap(network).cpu().eval()
+        model = wrap(runpy.run_path(path)[function]()).cpu().eval()
         with torch.no_grad():
             K = model(torch.zeros(1, 3, *(model.image_size or (256, 256)))).shape[1]
     except Exception as error:                                   # of any kind: the code is not ours
@@ -72,10 +76,9 @@ def with_names(model, num_classes=None, class_names=None):
 
 def find_weights(state, path):
     """Return the state dict in what others save, bare or in one of PLACES; ValueError if none."""
-    state = state if isinstance(state, dict) else {"a list": state}
-    place = next((key for key in PLACES if isinstance(state.get(key), dict)), None)
-    state = state[place] if place else state
-    weights = {key: value for key, value in state.items() if torch.is_tensor(value)}
+    places = [state[key] for key in PLACES if key in state] + [state]
+    found = next((place for place in places if isinstance(place, dict)), {})
+    weights = {key: value for key, value in found.items() if torch.is_tensor(value)}
     if not weights:
         raise ValueError(f"{path} holds no state dict, neither bare nor as {', '.join(PLACES)}; it "
                          f"holds {', '.join(map(str, list(state)[:8]))}")

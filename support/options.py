@@ -41,11 +41,6 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def value_type(f):
-    """Return the type of a field's values: int for `int | None`."""
-    return next(t for t in (typing.get_args(f.type) or (f.type,)) if t is not type(None))
-
-
 class Options:
     """A dataclass of options that refuses values they cannot take, with one ValueError."""
 
@@ -74,8 +69,7 @@ class Running(Options):
     device: str = running("auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
     amp: str = running("auto", "mixed precision; auto: bfloat16 where the hardware has it",
                        ("auto", "bfloat16", "float16", "off"))
-    workers: int | None = running(None, "processes that load images (default: 4 with a GPU, else "
-                                  "0)")
+    workers: int | None = running(None, "processes that load images (default: 4 with a GPU)")
     deterministic: bool = running(False, "the same result to the bit on a GPU, but slower")
     out: str | None = running(None, "folder of the run", metavar="FOLDER")
     resume: bool = running(False, "resume the interrupted run in --out")
@@ -83,20 +77,20 @@ class Running(Options):
 
 def add_option(group, f, default):
     """Give an argparse group the option that a dataclass field declares."""
-    meta, kind = f.metadata, value_type(f)
-    settings = {"help": meta["help"], "required": meta["required"], "default": default}
+    kind = next(iter(typing.get_args(f.type)), f.type)                   # int of `int | None`
+    meta, text = f.metadata, f.metadata["help"]
     if kind is not bool and f.default not in (None, ""):
-        settings["help"] += f" (default: {f.default})"
-    if kind is bool:
-        settings["action"] = "store_true"
-    elif f.type == (tuple[int, int] | None):
-        settings |= {"nargs": 2, "type": int, "metavar": ("H", "W")}
-    else:
-        settings |= {"type": kind, "choices": meta["choices"],
-                     "metavar": meta["metavar"] or {int: "N", float: "X", str: "NAME"}[kind]}
+        text += f" (default: {f.default})"
     if meta["choices"]:
-        settings["help"] += "; one of: " + ", ".join(meta["choices"])
-    group.add_argument(flag(f.name), **settings)
+        text += "; one of: " + ", ".join(meta["choices"])
+    if kind is bool:
+        settings = {"action": "store_true"}
+    elif f.type == (tuple[int, int] | None):
+        settings = {"nargs": 2, "type": int, "metavar": ("H", "W")}
+    else:
+        settings = {"type": kind, "choices": meta["choices"], "required": meta["required"],
+                    "metavar": meta["metavar"] or {int: "N", float: "X", str: "NAME"}[kind]}
+    group.add_argument(flag(f.name), help=text, default=default, **settings)
 
 
 def parse(config_class, argv, description, recorded=None):
@@ -104,8 +98,7 @@ def parse(config_class, argv, description, recorded=None):
 
     recorded: {name: value} of an earlier run, for the options that the words do not name.
     """
-    parser = argparse.ArgumentParser(description=description, usage="%(prog)s [options]",
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=description, usage="%(prog)s [options]")
     groups = {"options": parser}                               # argparse's own group, with --help
     for f in sorted(fields(config_class), key=lambda f: GROUPS.index(f.metadata["group"])):
         name = f.metadata["group"]
@@ -130,21 +123,13 @@ def pick_device(name):
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if name.startswith("cuda") and processes > 1:
-        if processes > gpus or ":" in name:
-            raise ValueError(f"{processes} processes need {processes} GPUs, but --device {name} "
-                             f"has {1 if ':' in name else gpus}; lower --nproc-per-node, or use "
-                             "--device cpu")
+    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"torch cannot compute on --device {name} here ({reason}); free it, or "
-                         "use --device cpu") from error
-    return device
+        raise ValueError(f"torch cannot compute on --device {name} here "
+                         f"({str(error).splitlines()[0]}); use --device cpu") from error
 
 
 def set_deterministic():
@@ -154,14 +139,6 @@ def set_deterministic():
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"        # cuBLAS is only deterministic with it
     torch.use_deterministic_algorithms(True)
-
-
-def warn_if_busy():
-    """Print a line if other programs keep the cores busy: threads then wait for each other."""
-    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0, os.cpu_count()
-    if load > 0.75 * cores and torch.get_num_threads() > 1:
-        print(f"warning: this machine is busy (load {load:.1f} on {cores} cores); this run may be "
-              "several times faster with OMP_NUM_THREADS=1")
 
 
 def pick_workers(workers, device):
@@ -176,13 +153,10 @@ def pick_amp(name, device):
 
     "auto" is bfloat16 where the hardware computes in it, which about doubles the speed.
     """
-    native = (torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda"
-              else torch.cpu.get_capabilities().get("avx512_bf16"))
-    if name == "bfloat16" and device.type == "cuda" and not native:
-        raise ValueError(f"{torch.cuda.get_device_name(device)} does not compute in bfloat16; use "
-                         "--amp float16 or --amp off")
     if name == "auto":
-        return torch.bfloat16 if native else None
+        native = (torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda"
+                  else torch.cpu.get_capabilities().get("avx512_bf16"))
+        name = "bfloat16" if native else "off"
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "off": None}[name]
 
 
@@ -194,22 +168,20 @@ CAUSES = {
     "not enough memory": "out of memory; lower --batch-size, --image-size or --views",
     "out of memory": "out of memory; lower --batch-size, --image-size or --views",
     "Too many open files": "too many open files; raise `ulimit -n`, or use fewer --workers",
-    "deterministic implementation": "a network cannot be computed so; leave out --deterministic",
-    "unexpected EOF": "a downloaded file is cut off; delete it from torch's cache and start again",
-    "invalid hash value": "a downloaded file is damaged; start again to fetch it anew"}
+    "deterministic implementation": "a network cannot be computed so; leave out --deterministic"}
 
 
 def explain(error):
     """Return one sentence for an error that a user can cause or overcome, else None."""
-    sentence = f"error: {error}"
+    causes = [advice for cause, advice in CAUSES.items() if cause in str(error)]
     if isinstance(error, KeyboardInterrupt):
         sentence = "interrupted"
-    elif isinstance(error, MemoryError):
-        sentence = f"error: {CAUSES['out of memory']}"
-    elif not isinstance(error, ValueError) and any(cause in str(error) for cause in CAUSES):
+    elif causes and not isinstance(error, ValueError):
         # It strikes at any moment, also while a progress bar is drawn: begin a line.
-        sentence = "\nerror: " + next(CAUSES[cause] for cause in CAUSES if cause in str(error))
-    elif not isinstance(error, ValueError | OSError):
+        sentence = f"\nerror: {causes[0]}"
+    elif isinstance(error, ValueError | OSError):
+        sentence = f"error: {error}"
+    else:
         return None
     return "; ".join([sentence, *getattr(error, "__notes__", [])])
 

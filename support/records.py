@@ -8,22 +8,21 @@ Use it
 import csv
 import hashlib
 import json
+import math
 import platform
 import shlex
 import subprocess
 import sys
-from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter, process_time
 
-import PIL
 import torch
-import torchvision
 
 from support import checkpoint
 from support.images import read_csv
-from support.options import parse, pick_amp, set_deterministic, warn_if_busy
+from support.options import parse, pick_amp, set_deterministic
 
 # Options that say where or how a run is computed, not what it computes.
 NEUTRAL = {"out", "resume", "dry_run", "device", "workers", "download"}
@@ -40,15 +39,6 @@ def digest(cfg):
     """Return a short name for the content of a config."""
     content = {k: v for k, v in asdict(cfg).items() if k not in NEUTRAL}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def identity(cfg, *about):
-    """Return a string that tells a run from others, by its config, networks and other values.
-
-    The student is known by its weights before training: another one of the same shape differs.
-    """
-    return " ".join([digest(cfg), *(
-        checkpoint.fingerprint(x) if isinstance(x, torch.nn.Module) else str(x) for x in about)])
 
 
 # ---------------------------------------------------------------- the folder
@@ -71,57 +61,39 @@ def read_config(config_class, argv, description):
     if not cfg.resume:
         return cfg
     out = Path(str(cfg.out))
-    if not (out / "config.json").is_file():
-        raise ValueError(f"--resume: there is no run in {out}; name the folder of one by --out")
-    if (out / "metrics.json").is_file():
-        raise ValueError(f"the run in {out} is finished; its result is in metrics.json")
+    if not (out / "config.json").is_file() or (out / "metrics.json").is_file():
+        raise ValueError(f"--resume: there is no unfinished run in {out}; name one by --out")
     recorded = json.loads((out / "config.json").read_text())
     cfg = parse(config_class, argv, description, {**recorded, "resume": True})
     changed = differences(asdict(cfg), asdict(config_class()) | recorded)
     if changed:
-        raise ValueError(f"the run in {out} has another config ({'; '.join(changed)}); resume it "
-                         "with its own options, or choose another --out")
+        raise ValueError(f"the run in {out} has another config ({'; '.join(changed)})")
     return cfg
 
 
-def next_folder(root=Path("runs")):
-    """Make and return the folder of the next free number."""
-    root.mkdir(exist_ok=True)
-    taken = [int(p.name) for p in root.glob("[0-9]*") if p.name.isdigit()]
-    out = root / f"{max(taken, default=0) + 1:03d}"
-    out.mkdir()
-    return out
+def in_folder(run, config_class, argv, description):
+    """Return run(cfg, folder) for the options in the words `argv`.
 
-
-@contextmanager
-def open_run(cfg):
-    """Yield the folder of this run, made if need be, with its config.json.
-
-    It is --out, or the next number below runs/. ValueError if it holds something and --resume was
-    not given. An error that can be overcome gets the command that resumes the run as a note.
+    The folder is --out, or the next number below runs/, made if need be, with its config.json.
+    ValueError if it holds something and --resume was not given. An error that can be overcome gets
+    the command that resumes the run as a note.
     """
-    out = Path(cfg.out) if cfg.out else next_folder()
+    cfg = read_config(config_class, argv, description)
+    if cfg.deterministic:
+        set_deterministic()
+    taken = [int(p.name) for p in Path("runs").glob("*") if p.name.isdigit()]
+    out = Path(cfg.out or f"runs/{max(taken, default=0) + 1:03d}")
     if started(out) and not cfg.resume:
         raise ValueError(f"{out} is not empty; choose another --out, or continue with --resume")
     if not cfg.resume:
         checkpoint.save_json(asdict(cfg), out / "config.json")
     try:
-        yield out
-    except (KeyboardInterrupt, OSError, RuntimeError) as error:
-        if not isinstance(error, FileNotFoundError):
-            words = ["python", sys.argv[0], "--resume", "--out", str(out)]
-            error.__notes__ = [f"resume with: {shlex.join(words)}"]    # the outer of two runs
-        raise
-
-
-def in_folder(run, config_class, argv, description):
-    """Return run(cfg, folder) for the options in the words `argv`."""
-    cfg = read_config(config_class, argv, description)
-    warn_if_busy()
-    if cfg.deterministic:
-        set_deterministic()
-    with open_run(cfg) as out:
         return run(cfg, out)
+    except (KeyboardInterrupt, OSError, RuntimeError) as error:
+        if not isinstance(error, FileNotFoundError):          # a mistyped path is not resumed
+            words = shlex.join([sys.argv[0], "--resume", "--out", str(out)])
+            error.add_note(f"resume with: python {words}")
+        raise
 
 
 # ---------------------------------------------------------------- tables
@@ -140,14 +112,19 @@ def write_selection(out, result):
     """
     files = [str(path) for path in result["files"]]
     if (out / "state.pt").exists() and files != [r[0] for r in read_csv(out / "chosen.csv")[1:]]:
-        raise ValueError(f"the run in {out} began with other images of the pool, those in its "
-                         "chosen.csv (or on a device that rounds differently); restore these and "
-                         "resume, or choose another --out")
+        raise ValueError(f"the run in {out} began with other images of the pool; restore those in "
+                         "its chosen.csv, or choose another --out")
     write_csv(out / "chosen.csv", ("file", "distance", "weight"), zip(
         files, result["distances"].tolist(), result["weights"].tolist(), strict=True))
     before = read_csv(out / "skipped.csv")[1:] if (out / "skipped.csv").exists() else []
-    rows = before + [[why] for why in result["skipped"]]
-    write_csv(out / "skipped.csv", ("reason",), dict.fromkeys(map(tuple, rows)))
+    new = [[reason] for reason in result["skipped"] if [reason] not in before]
+    write_csv(out / "skipped.csv", ("reason",), before + new)
+
+
+def by_name(names, values):
+    """Return {name: value} for a tensor; JSON has no NaN: what is absent is None."""
+    return {name: None if math.isnan(value) else value
+            for name, value in zip(names, values.tolist(), strict=False)}
 
 
 # ---------------------------------------------------------------- what a number depends on
@@ -166,12 +143,12 @@ class Timer(dict):
 
 def environment(device, amp="auto"):
     """Return what a number depends on besides the config: versions, hardware, precision, commit."""
-    processor = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    processor = torch.cpu.get_capabilities().get("cpu_name", platform.machine()) + " CPU"
     failed, commit = subprocess.getstatusoutput(
         f'git -C "{Path(__file__).parent}" rev-parse --short HEAD')       # no git: failed, too
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "torchvision": torchvision.__version__, "pillow": PIL.__version__,
-            "threads": torch.get_num_threads(), "commit": None if failed else commit,
-            "precision": str(pick_amp(amp, device) or torch.float32),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda"
-            else f"{processor} CPU"}
+    return {
+        "python": platform.python_version(), "torch": torch.__version__,
+        "torchvision": version("torchvision"), "pillow": version("pillow"),
+        "threads": torch.get_num_threads(), "commit": None if failed else commit,
+        "precision": str(pick_amp(amp, device) or torch.float32),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor}

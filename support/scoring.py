@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import PIL
 import torch
-from torch.utils.data import DataLoader
 
 from ads_sampler import score_pool
 from bn_stats import bn_layers, image_distances, select_layers
@@ -32,7 +31,7 @@ from support.checkpoint import atomic, fingerprint
 from support.command import Inputs, open_inputs
 from support.data import iterate, open_pool
 from support.images import as_input
-from support.options import one_sentence, parse, pick_workers, set_deterministic
+from support.options import one_sentence, parse, set_deterministic
 from support.progress import progress
 
 BATCH = 16                      # fixed: convolutions round a little differently at other sizes
@@ -47,11 +46,9 @@ def score_file(teacher, layers, pool, cfg):
     on the code: whoever changes a distance gets new scores.
     """
     def stamp(path):
-        try:
-            status = Path(path).stat()
-            return str(Path(path).resolve()), status.st_size, status.st_mtime_ns
-        except OSError:                                    # vanished, or not readable
-            return str(path), 0, 0
+        path = os.path.realpath(path)
+        known = os.path.exists(path)                                     # else it has vanished
+        return path, *((os.path.getsize(path), os.path.getmtime(path)) if known else ())
 
     root = Path(__file__).parents[1]
     sampling = getattr(cfg, "sampling", "nearest")
@@ -69,14 +66,10 @@ def open_scores(path, count):
     empty = np.full(count, MISSING, np.float32)
     if path is None:
         return empty
-    try:
-        if not path.exists() or path.stat().st_size != empty.nbytes:
-            with atomic(path) as temporary:
-                empty.tofile(temporary)
-        return np.memmap(path, np.float32, "r+", shape=(count,))
-    except OSError as error:
-        print(f"warning: the scores are not kept for later runs ({error})")
-        return empty
+    if not path.exists():
+        with atomic(path) as temporary:
+            empty.tofile(temporary)
+    return np.memmap(path, np.float32, "r+", shape=(count,))
 
 
 def cached_scores(score, pool, device, workers=None, path=None, rank=0, processes=1):
@@ -89,9 +82,8 @@ def cached_scores(score, pool, device, workers=None, path=None, rank=0, processe
     """
     stored = open_scores(path, len(pool))
     batches = [range(i, min(i + BATCH, len(pool))) for i in range(0, len(pool), BATCH)]
-    # Files that could not be read are tried again.
-    todo = [batch for batch in batches[rank::processes]
-            if np.isnan(stored[batch]).any() or (stored[batch] == MISSING).any()]
+    # A comparison with NaN is false: files that could not be read are tried again.
+    todo = [batch for batch in batches[rank::processes] if not (stored[batch] > MISSING).all()]
 
     def score_batch(batch):
         index, images, readable = batch
@@ -102,10 +94,8 @@ def cached_scores(score, pool, device, workers=None, path=None, rank=0, processe
         return scores
 
     if todo:
-        loader = DataLoader(pool, batch_sampler=todo, pin_memory=device.type == "cuda",
-                            num_workers=pick_workers(workers, device))
-        score_pool(score_batch, progress(iterate(loader), "scoring", total=len(todo),
-                                         disable=rank > 0))
+        loader = iterate(pool, device, workers, batch_sampler=todo)
+        score_pool(score_batch, progress(loader, "scoring", total=len(todo), disable=rank > 0))
     elif path and rank == 0:
         print(f"the scores of this pool are read from {path}")
     scores = torch.from_numpy(np.array(stored))
@@ -123,49 +113,31 @@ def unusable(pool, scores):
         except ValueError as error:
             reasons.append(str(error))
     if len(reasons) > len(pool) / 2:
-        raise ValueError(f"{len(reasons)} of {len(pool)} files of the pool cannot be used, more "
-                         f"than half; the first is {reasons[0]}")
+        raise ValueError(f"{len(reasons)} of {len(pool)} pool files are unusable: {reasons[0]}")
     return reasons
 
 
-def score_share(cfg, rank, processes):
-    """Score this process's share of the pool that the options name; return the path of the file."""
+def main(argv=None):
+    """Score a pool by distance, in each process that torchrun started, or in this one."""
+    def stop(*_):                    # torchrun ends all processes as soon as one has died
+        print("error: another process has ended; start the same command again, it scores only "
+              "what is missing", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1:
+        signal.signal(signal.SIGTERM, stop)
+    cfg = parse(Inputs, argv, main.__doc__)
     if cfg.deterministic:
         set_deterministic()
     teacher, files, _ = open_inputs(cfg)
     pool = open_pool(files, teacher, teacher.image_size, cfg.match_colours)
     layers = select_layers(bn_layers(teacher), cfg.layers)
     path = score_file(teacher, layers, pool, cfg)
-    if rank == 0:                    # one process alone makes the file: another would empty it
-        open_scores(path, len(pool))
-        if not path.exists():
-            raise ValueError(f"{path} cannot be written; start where it can be")
-    while not path.exists():
+    while rank and not path.exists():    # the first alone makes the file: another would empty it
         time.sleep(0.1)
     cached_scores(lambda images, _: image_distances(teacher, images, layers, cfg.metric), pool,
                   teacher.mean.device, cfg.workers, path, rank, processes)
-    return path
-
-
-def main(argv=None):
-    """Score a pool by distance, in each process that torchrun started, or in this one."""
-    rank, processes = (int(os.environ.get(name, default)) for name, default in (
-        ("RANK", 0), ("WORLD_SIZE", 1)))
-
-    def stop(*_):                    # torchrun ends all processes as soon as one has died
-        print("error: another process has ended; start the same command again, it scores only "
-              "what is missing", file=sys.stderr, flush=True)
-        os._exit(2)
-
-    if processes > 1:
-        signal.signal(signal.SIGTERM, stop)
-    try:
-        path = score_share(parse(Inputs, argv, main.__doc__), rank, processes)
-    except Exception:
-        if rank:                     # most likely an error of all processes, which the first prints
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(5)
-        raise
     if rank == 0:
         print(f"scores: {path}; distill.py with the same options reads them")
 

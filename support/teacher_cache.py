@@ -20,11 +20,9 @@ import tempfile
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 
 from support.data import iterate
 from support.images import as_input
-from support.options import pick_workers
 from support.progress import progress
 
 MEMORY = 4 * 2 ** 30      # bytes of views, and of logits, that are kept in memory
@@ -58,7 +56,7 @@ def allocate(shape, folder=None):
 
     The file is temporary: the system removes it when the program ends. OSError if the disk is full.
     """
-    size, folder = 2 * math.prod(shape), folder or tempfile.gettempdir()
+    size = 2 * math.prod(shape)
     if size <= MEMORY:
         return torch.empty(shape, dtype=torch.float16)
     try:
@@ -68,8 +66,8 @@ def allocate(shape, folder=None):
             file.flush()
             return torch.from_numpy(np.memmap(file, np.float16, "r+", shape=tuple(shape)))
     except OSError as error:
-        raise OSError(f"no room for {size / 1e9:.0f} GB of teacher logits in {folder} "
-                      f"({error.strerror}); lower --views or --budget, or use --views 0") from error
+        raise OSError(f"no room for {size / 1e9:.0f} GB of teacher logits ({error.strerror}); "
+                      "lower --views or --budget, or use --views 0") from error
 
 
 class TeacherCache:
@@ -78,22 +76,17 @@ class TeacherCache:
     teacher_pass: from images (B, 3, H, W) on the device to logits (B, K, h, w); they are stored in
     float16. views: a `data.Views`, of which cfg.views of each file are cached, no more than will be
     used. keys: B of (index, view number). folder: for logits that do not fit into memory; views
-    that do not are cut again. ValueError names a file whose teacher logits are not finite.
+    that do not are cut again.
     """
 
     def __init__(self, teacher_pass, views, cfg, device, folder=None):
         self.views, self.images, batch_size = views, None, cfg.batch_size
         self.count = min(cfg.views, math.ceil(cfg.steps * batch_size / len(views.files)))
         keys = [(index, view) for index in range(len(views.files)) for view in range(self.count)]
-        loader = DataLoader(views, batch_size, sampler=keys, pin_memory=device.type == "cuda",
-                            num_workers=pick_workers(cfg.workers, device))
-        for i, images in enumerate(progress(iterate(loader), "teacher logits", total=len(loader))):
+        loader = iterate(views, device, cfg.workers, batch_size=batch_size, sampler=keys)
+        steps = math.ceil(len(keys) / batch_size)
+        for i, images in enumerate(progress(loader, "teacher logits", total=steps)):
             logits = teacher_pass(as_input(images, device))                   # (B, K, h, w)
-            bad = (~logits.isfinite().flatten(1).all(1)).nonzero()
-            if len(bad):
-                file = views.files[keys[i * batch_size + int(bad[0])][0]]
-                raise ValueError(f"the teacher's logits for {file} are infinite or NaN; use --amp "
-                                 "off, or take this file out of the pool")
             logits = logits.clamp(-6e4, 6e4).half()           # float16 holds no more than 65,504
             if i == 0:
                 self.logits = allocate((len(keys), *logits.shape[1:]), folder)

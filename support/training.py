@@ -13,23 +13,23 @@ Use it
     run.curve                                              # [(step, mean loss), ...]
 """
 
-import sys
 import time
 from contextlib import closing
 
 import torch
-from torch.utils.data import DataLoader
 
 from support import checkpoint
 from support.data import iterate
 from support.images import as_input
-from support.options import pick_amp, pick_workers
+from support.options import pick_amp
 from support.progress import progress
-from support.records import identity
+from support.records import digest
 
 CHECK_EVERY = 50          # steps between two checks of the loss; each check waits for the device
 SAVE_EVERY = 500          # steps between two resumable states, or after
 SAVE_SECONDS = 60         # this many seconds, whichever comes first
+PARTS = ("model", "optimizer", "scheduler", "scaler")     # of a state
+BAD = "{} became infinite or NaN at step {}; lower --lr, or use --amp off. Nothing bad was saved"
 
 
 def warmup_poly(optimizer, steps):
@@ -52,7 +52,8 @@ class Training:
     def __init__(self, model, optimizer, scheduler, cfg, out=None, about=()):
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.cfg, self.path = cfg, out / "state.pt" if out else None
-        self.about = identity(cfg, model, *about) if out else None
+        self.about = [digest(cfg), *(checkpoint.fingerprint(x) if isinstance(x, torch.nn.Module)
+                                     else str(x) for x in (model, *about))]
         self.device = next(model.parameters()).device
         # Channels-last is the faster layout in mixed precision. In float32 on a CPU it gains
         # nothing, and torch 2.14.1 corrupts memory there in the backward pass of a strided 1x1
@@ -63,50 +64,39 @@ class Training:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
         self.done, self.curve, self.losses = 0, [], []           # losses: since the last check
         if self.path and self.path.exists():
-            self.load(self.path)
+            self.load()
 
-    def load(self, path):
-        """Resume from the state in a file; ValueError if it belongs to another run."""
-        state = checkpoint.load(path)
-        try:
-            if state["about"] != self.about:
-                raise ValueError("another teacher, student or other options")
-            self.model.load_state_dict(state["model"])
-            for name in ("optimizer", "scheduler", "scaler"):
-                getattr(self, name).load_state_dict(state[name])
-            self.done, self.curve, self.losses = state["step"], state["curve"], state["losses"]
-            self.losses = [x.to(self.device) for x in self.losses]
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a state of this run; delete it to start over, or "
-                             "choose another folder") from error
+    def load(self):
+        """Resume from the state on disk; ValueError if it belongs to another run."""
+        state = checkpoint.load(self.path)
+        if state.get("about") != self.about:
+            raise ValueError(f"{self.path} is not a state of this run; delete it to start over")
+        for name in PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        self.done, self.curve = state["step"], state["curve"]
+        self.losses = [x.to(self.device) for x in state["losses"]]
 
     def save(self):
         """Save the state; ValueError, and nothing is written, if loss or weights are not finite."""
         self.check_loss()
         if not all(x.isfinite().all() for x in self.model.state_dict().values()):
-            raise ValueError(f"the weights became infinite or NaN by step {self.done}; lower --lr, "
-                             "or use --amp off. Nothing bad was saved")
+            raise ValueError(BAD.format("a weight", self.done))
         if self.path:
             checkpoint.save({
                 "about": self.about, "step": self.done, "curve": self.curve, "losses": self.losses,
-                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict(),
-            }, self.path)
+                **{name: getattr(self, name).state_dict() for name in PARTS}}, self.path)
 
     def check_loss(self):
         """Return the mean loss since the last check; ValueError names a step that is not finite."""
         losses = torch.stack(self.losses) if self.losses else torch.zeros(1)
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
-            step = self.done - len(losses) + int(bad[0]) + 1
-            raise ValueError(f"the loss became infinite or NaN at step {step}; lower --lr, or use "
-                             "--amp off. Nothing bad was saved")
+            raise ValueError(BAD.format("the loss", self.done - len(losses) + int(bad[0]) + 1))
         return losses.mean().item()
 
     def autocast(self):
         """Return the context in which the networks compute: mixed precision, if it is on."""
-        return torch.autocast(self.device.type, self.amp or torch.bfloat16,
-                              enabled=self.amp is not None)
+        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
 
     def log(self, loss):
         """Note the loss of this step, a scalar."""
@@ -118,12 +108,9 @@ class Training:
         Images become float32 in [0, 1]. OSError for a file that can no longer be read, ValueError
         when the loss is not finite. Whatever stops it, training resumes from the last state.
         """
-        # Forked processes share the cache with this one; others would get a copy of it.
-        workers, steps = pick_workers(self.cfg.workers, self.device), self.cfg.steps
-        fork = "fork" if workers and sys.platform == "linux" else None
-        loader = iterate(DataLoader(
-            dataset, batch_size=None, sampler=range(self.done, steps), num_workers=workers,
-            pin_memory=self.device.type == "cuda", multiprocessing_context=fork))
+        steps = self.cfg.steps
+        loader = iterate(dataset, self.device, self.cfg.workers, batch_size=None,
+                         sampler=range(self.done, steps))
         self.save()          # an interrupted caller of the Python API starts again from here
         self.model.train()
         bar = progress(name=name, initial=self.done, total=steps)

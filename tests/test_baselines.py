@@ -220,8 +220,9 @@ def test_dfad_alternates_five_updates_of_the_student_and_one_of_the_generator(te
     losses = []
     for step in range(10):                                         # the same noise, by hand
         torch.manual_seed(step)
+        noise = torch.randn(4, generators.NOISE, 1, 1)
         for network in (student, generator) if step % 5 == 4 else (student,):
-            images = (generator.train()(torch.randn(4, generators.NOISE, 1, 1)) + 1) / 2
+            images = (generator.train()(noise) + 1) / 2
             gap = (student.train()(images) - teacher(images)).abs().mean()
             loss = gap if network is student else -torch.log(gap + 1)
             (slope,) = torch.autograd.grad(loss, next(network.parameters()))

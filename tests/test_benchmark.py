@@ -1,4 +1,4 @@
-"""experiments.benchmark: ratios by hand, a tiny whole run, and the README's table."""
+"""experiments.benchmark: ratios by hand, a tiny whole run, and the table of docs/data.md."""
 
 import itertools
 import json
@@ -34,8 +34,8 @@ def test_a_quick_run_records_every_ratio_with_its_floor_and_target(tmp_path, cap
     assert capsys.readouterr().out == benchmark.table(record) + "\n"
 
 
-def test_the_table_in_the_readme_is_the_recorded_one():
-    text = (REPOSITORY / "README.md").read_text()
+def test_the_table_in_the_docs_is_the_recorded_one():
+    text = (REPOSITORY / "docs" / "data.md").read_text()
     marked = re.search(r"<!-- benchmark: (\S+) -->\n(.*?)\n<!-- end -->", text, re.DOTALL)
     path, table = marked.groups()
     assert table == benchmark.table(json.loads((REPOSITORY / path).read_text()))

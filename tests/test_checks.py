@@ -1,7 +1,5 @@
 """checks.py: what would fail after hours fails at once, in a sentence; and does the pool fit?"""
 
-import copy
-
 import pytest
 import torch
 from conftest import with_random_statistics
@@ -11,6 +9,7 @@ import distill
 from bn_stats import bn_layers, capture_bn_inputs
 from models import build_model
 from support import checks
+from support.checkpoint import fingerprint
 from support.checks import check_inputs, describe_fit, mean_shift
 from support.data import Pool
 from support.images import as_input, find_images
@@ -49,10 +48,6 @@ def tuple_in_training(self, logits):
     return (logits, logits) if self.training else logits
 
 
-def no_room(self, logits):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-
-
 def broken(name, value):
     teacher = network()
     getattr(teacher.net.stem[1], name).data[2] = value
@@ -70,13 +65,13 @@ BAD_NETWORKS = {
     "never trained": (lambda: {"teacher": build_model("resnet_tiny", 3).eval()},
                       "looks untrained: were its weights loaded"),
     "same output": (lambda: {"teacher": dead()}, "looks untrained"),
-    "NaN mean": (lambda: {"teacher": broken("running_mean", torch.nan)}, "NaN or negative"),
-    "negative variance": (lambda: {"teacher": broken("running_var", -1.0)}, "NaN or negative"),
-    "infinite weight": (lambda: {"teacher": broken("weight", torch.inf)}, "NaN or negative"),
-    "frozen": (lambda: {"student": network().requires_grad_(False)}, "weights .* are frozen"),
+    "NaN mean": (lambda: {"teacher": broken("running_mean", torch.nan)}, "infinite or NaN"),
+    "negative variance": (lambda: {"teacher": broken("running_var", -1.0)}, "infinite or NaN"),
+    "infinite weight": (lambda: {"teacher": broken("weight", torch.inf)}, "infinite or NaN"),
+    "frozen": (lambda: {"student": network().requires_grad_(False)}, "rehearsed training step"),
     "a tuple": (lambda: {"student": Returns(tuple_in_training)}, "rehearsed training step"),
     "one image": (lambda: {"student": build_model("deeplabv3_mobilenet_v2", 3), "batch_size": 1},
-                  r"rehearsed training step on \(1, 3, 32, 48\) images: Expected more than 1"),
+                  "rehearsed training step: Expected more than 1"),
     "large budget": (lambda: {"budget": 400}, "budget is 400, but the pool has 30 .*--budget 0")}
 
 
@@ -101,26 +96,21 @@ def test_all_is_checked_before_the_pool_is_scored(pool_folder, monkeypatch):
         distill.distill(network(), network(4), pool_folder, SIZE, distill.Config(budget=4))
 
 
-def test_precision_and_memory_are_checked_too_and_have_sentences_of_their_own(check, monkeypatch):
-    def no_bfloat16(name, device):
-        raise ValueError("this card does not compute in bfloat16")
+def test_a_lack_of_memory_is_no_fault_of_the_student(check):
+    def no_room(self, logits):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
     with pytest.raises(torch.OutOfMemoryError, match="^CUDA out of memory"):
         check(student=Returns(no_room))
-    monkeypatch.setattr(checks, "pick_amp", no_bfloat16)
-    with pytest.raises(ValueError, match="^this card does not compute in bfloat16"):
-        check()
 
 
-@pytest.mark.parametrize("amp", ["off", "bfloat16"])
-def test_a_rehearsed_step_is_one_of_training_and_leaves_the_student_as_it_was(check, amp):
+@pytest.mark.parametrize(("amp", "dtype"), [("off", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_a_rehearsed_step_is_one_of_training_and_leaves_the_student_as_it_was(check, amp, dtype):
     seen = []
     student = Returns(lambda self, logits: seen.append((self.training, logits.dtype)) or logits)
-    student.eval()
-    before = copy.deepcopy(student.state_dict())
+    before = fingerprint(student.eval())
     check(student=student, amp=amp)
-    assert seen[-1] == (True, torch.bfloat16 if amp == "bfloat16" else torch.float32)
-    assert all(torch.equal(x, student.state_dict()[name]) for name, x in before.items())
+    assert seen[-1] == (True, dtype) and fingerprint(student) == before
     assert not student.training and all(p.grad is None for p in student.parameters())
 
 

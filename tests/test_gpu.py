@@ -21,7 +21,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import distill
 import evaluate
-import export
 import train_teacher
 from bn_stats import METRICS, bn_distance, bn_layers, capture_bn_inputs, image_distances
 from kd_loss import channelwise_kd, pixelwise_kd
@@ -172,13 +171,6 @@ def test_evaluation_and_masks_are_those_of_the_cpu(world, tmp_path):
     for path in find_images(tmp_path / "cpu"):
         same = np.asarray(Image.open(path)) == np.asarray(Image.open(tmp_path / DEVICE / path.name))
         assert same.mean() > 0.98
-
-
-@needs_device
-def test_a_student_is_exported_and_its_cost_measured(world, tmp_path):
-    rows = export.main(["--checkpoint", f"{world}/teacher.pt", "--out", str(tmp_path / "s.pt2"),
-                        "--device", DEVICE])
-    assert (tmp_path / "s.pt2").exists() and all(value > 0 for value in rows["student"])
 
 
 @needs_device

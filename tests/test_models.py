@@ -1,7 +1,6 @@
 """models.py: every network's contract, the frozen teacher's rules, and costs counted by hand."""
 
 import copy
-from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +13,6 @@ from models import (
     MODELS,
     TORCHVISION,
     ResidualBlock,
-    SegmentationModel,
     build_model,
     cost,
     freeze,
@@ -41,12 +39,6 @@ def test_every_network_maps_rgb_to_logits_at_its_own_stride(name):
     assert model.class_names == ["class 0", "class 1", "class 2"]
 
 
-@pytest.mark.parametrize(("size", "logits"), [((33, 47), (9, 12)), ((16, 16), (4, 4))])
-def test_a_small_network_takes_sizes_that_are_no_multiple_of_its_stride(size, logits):
-    model = build_model("resnet_tiny", 3).eval()
-    assert model(images(2, 3, *size)).shape == (2, 3, *logits)
-
-
 @pytest.mark.parametrize("name", [name for name in TORCHVISION if "101" not in name])
 def test_torchvisions_networks_lose_nothing_but_their_resizing_of_the_logits(name):
     theirs = torchvision.models.get_model(name, weights=None, weights_backbone=None,
@@ -64,49 +56,27 @@ def test_torchvisions_networks_lose_nothing_but_their_resizing_of_the_logits(nam
 
 # ---------------------------------------------------------------- the frozen teacher
 
-def statistics(model):
-    return {name: value.clone() for name, value in model.named_buffers()}
-
-
 def test_a_frozen_network_stays_so_whoever_asks_it_to_train():
-    teacher = freeze(build_model("resnet_tiny", 3))
-    before, mark = statistics(teacher), fingerprint(teacher)
+    teacher, x = freeze(build_model("resnet_tiny", 3)), images(4, 3, 32, 48).requires_grad_()
+    before = fingerprint(teacher)
     parent = nn.ModuleDict({"teacher": teacher, "student": nn.BatchNorm2d(3)}).train()
-    assert parent.training and parent["student"].training
-    teacher.train()
     teacher.net.stages[0].train()
-    next(m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)).train(True)
-    assert not any(module.training for module in teacher.modules())
-    for seed in range(3):
-        parent["teacher"](parent["student"](images(4, 3, 32, 48, seed=seed)))
-    assert all(torch.equal(value, before[name]) for name, value in teacher.named_buffers())
-    assert fingerprint(teacher) == mark
-    assert parent["student"].num_batches_tracked == 3                            # the others learn
-
-
-def test_a_frozen_network_has_no_gradient_but_passes_one_on_to_its_input():
-    teacher, x = freeze(build_model("resnet_tiny", 3)), images(1, 3, 32, 32).requires_grad_()
-    teacher(x).square().sum().backward()
+    assert parent["student"].training and not any(m.training for m in teacher.modules())
+    parent["teacher"](parent["student"](x)).square().sum().backward()
+    assert fingerprint(teacher) == before and parent["student"].num_batches_tracked == 1
     assert x.grad.abs().sum() > 0 and all(p.grad is None for p in teacher.parameters())
 
 
 def test_a_copy_of_a_frozen_network_works_and_is_independent():
     teacher = freeze(build_model("resnet_tiny", 3))
     double, x = copy.deepcopy(teacher), images(1, 3, 32, 32)
-    assert torch.equal(double(x), teacher(x)) and fingerprint(double) == fingerprint(teacher)
-    assert double.train() is double and double.net.stem.train() is double.net.stem
-    assert not double.net.stem.training
+    assert torch.equal(double(x), teacher(x))
+    assert double.net.stem.train() is double.net.stem and not double.net.stem.training
     double.net.stem[1].running_mean += 1
-    assert fingerprint(double) != fingerprint(teacher) and not torch.equal(double(x), teacher(x))
+    assert not torch.equal(double(x), teacher(x))
 
 
 # ---------------------------------------------------------------- any network's logits
-
-class Output(OrderedDict):
-    """What transformers returns: a dict whose values are attributes as well."""
-
-    logits = property(lambda self: self["logits"])
-
 
 class Returns(nn.Module):
     """A network that returns what a function makes of its input."""
@@ -116,9 +86,9 @@ class Returns(nn.Module):
         self.forward = function
 
 
-@pytest.mark.parametrize("output", [lambda x: x, lambda x: {"out": x, "aux": x[:, :1]},
-                                    lambda x: SimpleNamespace(logits=x),
-                                    lambda x: Output(logits=x)])
+@pytest.mark.parametrize("output", [
+    lambda x: x, lambda x: {"out": x, "aux": x[:, :1]}, lambda x: {"logits": x},
+    lambda x: SimpleNamespace(logits=x)])
 def test_logits_are_found_in_every_usual_output_and_keep_their_size(output):
     small = images(2, 5, 4, 6)
     assert wrap(Returns(lambda x: output(small)))(images(2, 3, 8, 12)) is small
@@ -131,35 +101,22 @@ def test_any_other_output_is_refused(output):
         wrap(Returns(lambda x: output))(images(2, 3, 8, 12))
 
 
-def test_anybodys_network_is_wrapped_once_and_shares_its_weights():
+def test_anybodys_network_is_wrapped_once_with_its_normalisation_and_shares_its_weights():
     conv, x = nn.Conv2d(3, 2, 1), images(1, 3, 4, 4)
     mine = wrap(conv, mean=(0.5, 0.5, 0.5), std=(0.5, 1, 0.2), class_names=["road", "sky"])
     assert wrap(mine) is mine and (mine.name, mine.num_classes) == ("Conv2d", 2)
     assert mine.class_names == ["road", "sky"] and mine.net is conv
-    scale = torch.tensor([0.5, 1, 0.2]).view(1, 3, 1, 1)
-    torch.testing.assert_close(mine(x), conv((x - 0.5) / scale))
+    assert mine.state_dict()["std"].flatten().tolist() == pytest.approx([0.5, 1, 0.2])
+    torch.testing.assert_close(mine(x), conv((x - 0.5) / mine.std))
     assert torch.equal(wrap(conv, num_classes=2)(x), conv(x))    # by default it takes RGB in [0, 1]
 
 
-def test_the_normalisation_is_applied_and_travels_with_the_weights():
-    model = SegmentationModel(nn.Identity(), "any", 3, (0.5, 0.25, 0), (0.5, 0.25, 1))
-    x = torch.tensor([1, 0.5, 0.5]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
-    assert model(x)[0, :, 0, 0].tolist() == [1, 1, 0.5]
-    assert model.state_dict()["mean"].flatten().tolist() == [0.5, 0.25, 0]
-    usual = build_model("resnet_tiny", 3)
-    assert usual.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
-    assert usual.std.flatten().tolist() == pytest.approx([0.229, 0.224, 0.225])
-    other = build_model("resnet_tiny", 3, std=(1, 0.5, 0.25))
-    assert other.std.flatten().tolist() == [1, 0.5, 0.25]
-
-
 @pytest.mark.parametrize(("mean", "std"), [
-    ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)), ((0.5,) * 3, (58.395, 57.12, 57.375)),
-    ((123.675, 116.28, 103.53), (1.0, 1.0, 1.0)), ((0.5,) * 3, (0.5, 0.0, 0.5))])
+    ((0.5,) * 3, (58.395, 57.12, 57.375)), ((123.675, 116.28, 103.53), (1.0, 1.0, 1.0)),
+    ((0.5,) * 3, (0.5, 0.0, 0.5)), ((-0.5,) * 3, (0.5,) * 3)])
 def test_a_normalisation_for_images_in_0_to_255_is_refused(mean, std):
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\], because images do; divide"):
         wrap(nn.Conv2d(3, 2, 1), 2, mean, std)
-    wrap(nn.Conv2d(3, 2, 1), 2, [m / 255 for m in mean], [1 / 255] * 3)          # this is the way
 
 
 # ---------------------------------------------------------------- networks of fixed stride
@@ -229,11 +186,8 @@ def test_a_residual_block_is_the_sum_of_body_and_shortcut(c_out, stride):
     torch.testing.assert_close(block(x), expected.relu())
 
 
-def test_mobilenet_v2_ends_at_stride_16_and_dilates_behind_it():
-    features = mobilenet_v2_features(None).eval()
-    with torch.inference_mode():
-        assert features(images(1, 3, 64, 96)).shape == (1, 320, 4, 6)
-    convs = [conv for conv in features.modules()
+def test_mobilenet_v2_dilates_behind_the_stride_that_it_lost():
+    convs = [conv for conv in mobilenet_v2_features(None).modules()
              if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3)]
     assert all(conv.padding == conv.dilation for conv in convs if conv.stride == (1, 1))
     # The stem and 17 blocks. The stride of block 15 goes; the next blocks dilate.
@@ -255,14 +209,8 @@ def test_removing_a_stride_keeps_what_each_pixel_sees():
 def test_cost_equals_a_hand_count():
     conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)               # 5 x 6 places, 8 x 3 x 9 products
     assert cost(conv, (10, 12)) == (8 * 3 * 9 + 8, 5 * 6 * 8 * 3 * 9)
-    grouped = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, groups=6, bias=False)).train()
+    grouped = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, groups=6, bias=False))
     assert cost(grouped, (5, 7)) == (3 * 6 + 6 + 6 * 9, 35 * 18 + 3 * 5 * 6 * 9)
-    assert grouped.training
-
-
-def test_the_tiny_network_is_at_least_ten_times_cheaper_than_the_small_one():
-    small, tiny = (cost(build_model(f"resnet_{size}", 11), (96, 128)) for size in ("small", "tiny"))
-    assert small[1] >= 10 * tiny[1] and small[0] >= 10 * tiny[0]
 
 
 # ---------------------------------------------------------------- what does not fit together
@@ -271,10 +219,11 @@ def test_published_weights_bring_their_classes_and_normalisation(monkeypatch):
     random = torchvision.models.get_model("deeplabv3_mobilenet_v3_large", weights=None,
                                           weights_backbone=None, num_classes=21, aux_loss=True)
     with monkeypatch.context() as patch:                         # what the download would build
-        patch.setattr(torchvision.models, "get_model", lambda name, weights: random)
+        patch.setattr(torchvision.models, "get_model", lambda name, **how: random)
         model = build_model("deeplabv3_mobilenet_v3_large", weights="DEFAULT").eval()
     assert model.num_classes == 21 and model.class_names[15] == "person"
     assert model.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+    assert model.std.flatten().tolist() == pytest.approx([0.229, 0.224, 0.225])
     with torch.inference_mode():
         assert model(images(1, 3, 64, 64)).shape == (1, 21, 4, 4)
     # No auxiliary head is left, so its weights fit the network that is built without a download.
@@ -286,7 +235,7 @@ def test_published_weights_bring_their_classes_and_normalisation(monkeypatch):
     ({"name": "resnet_huge", "num_classes": 3}, "model 'resnet_huge' is unknown.*resnet_small"),
     ({"name": "resnet_tiny"}, "needs a number of classes"),
     ({"name": "resnet_tiny", "weights": "DEFAULT"}, "weights 'DEFAULT' for resnet_tiny; expected"),
-    ({"name": "fcn_resnet50", "num_classes": 11, "weights": "DEFAULT"}, "has 21 classes, not 11"),
+    ({"name": "fcn_resnet50", "num_classes": 11, "weights": "DEFAULT"}, "21 but got 11"),
     ({"name": "fcn_resnet50", "weights": "BEST"}, "weights 'BEST' for fcn_resnet50; expected DEF"),
     ({"name": "resnet_tiny", "num_classes": 3, "weights_backbone": "DEFAULT"}, "backbone weights")])
 def test_what_does_not_fit_together_is_refused_before_any_download(monkeypatch, arguments, message):

@@ -7,21 +7,14 @@ import os
 import re
 import signal
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from support import options, records
-from support.options import (
-    Running,
-    one_sentence,
-    option,
-    parse,
-    pick_amp,
-    pick_device,
-    pick_workers,
-    warn_if_busy,
-)
+from support.options import (Running, one_sentence, option, parse, pick_amp, pick_device,
+                             pick_workers, with_defaults)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -50,7 +43,6 @@ def test_words_become_values_of_the_declared_types():
               "share": 4.0, "resume": True, "out": "x"}
     cfg = parse(Config, words.split(), "")
     assert cfg == Config(**values) and isinstance(cfg.share, float)
-    hash(cfg)                                                    # as a frozen dataclass promises
     assert parse(Config, [], "") == Config()
 
 
@@ -58,12 +50,16 @@ def test_a_record_gives_the_options_that_the_words_do_not_name():
     recorded = {"steps": 10, "size": [64, 96], "name": "b", "resume": True, "of_an_old_version": 1}
     cfg = parse(Config, ["--name", "a"], "", recorded)
     assert cfg == Config(steps=10, size=(64, 96), name="a", resume=True)
-    hash(cfg)
+    hash(cfg)                                                    # as a frozen dataclass promises
+
+
+def test_a_default_is_given_to_options_that_are_none():
+    assert with_defaults(Config(share=0.1), share=0.5, root="x") == Config(share=0.1, root="x")
 
 
 @pytest.mark.parametrize(("config", "words"), [
-    (Config, "--name c"), (Config, "--steps 1.5"), (Config, "--size 64"), (Config, "--resume yes"),
-    (Config, "--unknown 1"), (Config, "--step 1"), (Needy, "--steps 1")])
+    (Config, "--name c"), (Config, "--steps 1.5"), (Config, "--size 64"), (Config, "--x 1"),
+    (Needy, "--steps 1")])
 def test_words_that_do_not_fit_are_refused_with_exit_code_2(config, words, capsys):
     with pytest.raises(SystemExit) as caught:
         parse(config, words.split(), "")
@@ -86,9 +82,8 @@ def test_the_help_lists_groups_in_order_with_defaults_choices_and_what_words_sta
 @pytest.mark.parametrize(("values", "said"), [
     ({"amp": "fp16"}, "--amp takes one of auto, bfloat16, float16, off; got 'fp16'"),
     ({"batch_size": 0}, "--batch-size takes a number of at least 1; got 0"),
-    ({"seed": -1}, "--seed takes a number of at least 0; got -1"),
     ({"lr": math.nan}, "--lr takes a number of at least 0; got nan"),
-    ({"lr": math.inf}, "--lr takes a number of at least 0; got inf"),
+    ({"lr": math.inf}, "--lr takes a number"),
     ({"size": (64, 0)}, r"--size takes a height and a width of 1 or more; got \(64, 0\)")])
 def test_a_config_refuses_what_an_option_cannot_take_wherever_it_is_made(values, said):
     for make in (Config, lambda **values: dataclasses.replace(Config(), **values)):
@@ -105,32 +100,25 @@ def test_the_tests_compute_on_the_cpu():
 
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:99"])
 def test_a_device_that_is_not_there_is_named(name):
-    with pytest.raises(ValueError, match=f"torch cannot compute on --device {name} here .*; free"):
+    with pytest.raises(ValueError, match=f"torch cannot compute on --device {name} here .*; use"):
         pick_device(name)
 
 
-def test_under_torchrun_each_process_gets_a_gpu_of_its_own_or_is_refused(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+def test_under_torchrun_each_process_gets_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for name, gpus in (("cuda", 1), ("cuda:0", 1)):
-        with pytest.raises(ValueError, match=f"^2 processes need 2 GPUs, but --device {name} has "
-                                             f"{gpus}; lower --nproc-per-node"):
-            pick_device(name)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch, "empty", lambda size, device: None)
+    with pytest.raises(ValueError, match="torch cannot compute on --device cuda:1"):
+        pick_device("cuda")
+    monkeypatch.setattr(torch, "empty", lambda size, device: SimpleNamespace(
+        device=torch.device(device)))
     assert pick_device("cuda") == torch.device("cuda:1") and pick_device("cpu") == CPU
 
 
 def test_the_precision_is_bfloat16_where_the_hardware_has_it(monkeypatch):
     assert [pick_amp(name, CPU) for name in ("bfloat16", "float16", "off")] == [
         torch.bfloat16, torch.float16, None]
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     for capability, dtype in (((8, 0), torch.bfloat16), ((7, 5), None)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, now=capability: now)
-        assert pick_amp("auto", CUDA) == dtype and pick_amp("float16", CUDA) == torch.float16
-    with pytest.raises(ValueError, match="^Tesla T4 does not compute in bfloat16; use --amp float"):
-        pick_amp("bfloat16", CUDA)
+        assert pick_amp("auto", CUDA) == dtype
 
 
 def test_images_are_loaded_by_other_processes_where_there_is_a_gpu(monkeypatch):
@@ -151,22 +139,6 @@ def test_deterministic_algorithms_are_set_where_a_program_starts(tmp_path, monke
             assert records.in_folder(state, Config, words, "") == expected
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.parametrize(("load", "threads", "busy"), [(2.1, 2, True), (2.1, 1, False),
-                                                       (0.4, 2, False)])
-def test_a_busy_machine_is_named_at_the_start_unless_there_is_one_thread(
-        tmp_path, monkeypatch, capsys, load, threads, busy):
-    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0, 0), raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    records.in_folder(lambda *_: None, Config, ["--out", str(tmp_path)], "")
-    said = capsys.readouterr().out
-    assert ("this machine is busy (load 2.1 on 2 cores)" in said) == busy
-    assert ("OMP_NUM_THREADS=1" in said) == busy
-    monkeypatch.delattr(os, "getloadavg")                        # as on Windows
-    warn_if_busy()
-    assert capsys.readouterr().out == ""
 
 
 # ---------------------------------------------------------------- errors of a user
@@ -215,14 +187,11 @@ MEMORY = "out of memory; lower --batch-size, --image-size or --views"
 @pytest.mark.parametrize(("error", "sentence"), [
     (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"), MEMORY),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried"), MEMORY),
-    (MemoryError(), MEMORY),
     (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "too many open files; raise `ulimit -n`"),
     (RuntimeError("unable to open shared memory object: Too many open files (24)"),
      "too many open files; raise `ulimit -n`"),
     (RuntimeError("DataLoader worker (pid 9) is killed by signal: Killed"),
      "a process that loads images died; use fewer --workers"),
-    (RuntimeError("unexpected EOF, expected 9 more bytes"), "a downloaded file is cut off; delete"),
-    (RuntimeError("invalid hash value"), "a downloaded file is damaged"),
     (RuntimeError("nll_loss2d does not have a deterministic implementation"),
      "a network cannot be computed so; leave out --deterministic")])
 def test_what_torch_raises_is_explained_by_its_cause(error, sentence, capsys):
@@ -232,8 +201,8 @@ def test_what_torch_raises_is_explained_by_its_cause(error, sentence, capsys):
 
 
 def test_a_bug_keeps_its_traceback(capsys):
-    for bug in (TypeError("a bug"), RuntimeError("shape mismatch"),
-                KeyError("Caught KeyError in DataLoader worker process 0.")):
+    for bug in (TypeError("a bug"), KeyError("Caught KeyError in DataLoader worker process 0."),
+                RuntimeError("CUDA error: an illegal memory access was encountered")):
         with pytest.raises(type(bug)):
             ended(bug, capsys)
 

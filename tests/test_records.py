@@ -6,7 +6,6 @@ import os
 import shutil
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,16 +15,8 @@ import torch
 from support import command, records
 from support.images import read_csv
 from support.options import Running, one_sentence, option
-from support.records import (
-    differences,
-    digest,
-    environment,
-    in_folder,
-    open_run,
-    read_config,
-    write_csv,
-    write_selection,
-)
+from support.records import (differences, digest, environment, in_folder, read_config, write_csv,
+                             write_selection)
 
 
 @dataclass(frozen=True)
@@ -37,11 +28,13 @@ class Config(Running):
     dataset: str = option("voc", "labels")
 
 
-def started(cfg):
-    """Open a run and leave something in it, as an interrupted program would."""
-    with open_run(cfg) as out:
+def begin(*words):
+    """Leave something in the folder of a run, as an interrupted program would; return the folder.
+    """
+    def run(cfg, out):
         (out / "state.pt").write_text("half-way")
-    return out
+        return out
+    return in_folder(run, Config, list(map(str, words)), "")
 
 
 def resumed(out, *words):
@@ -52,46 +45,43 @@ def resumed(out, *words):
 
 def test_runs_get_the_next_free_number(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert started(Config()).as_posix() == "runs/001"
+    assert begin().as_posix() == "runs/001"
     for other in ("009", "teacher", "20-copy"):
         (tmp_path / "runs" / other).mkdir()
-    assert started(Config(steps=8)).name == "010"
+    assert begin("--steps", 8).name == "010"
     assert json.loads((tmp_path / "runs/010/config.json").read_text())["steps"] == 8
 
 
 def test_a_folder_that_holds_something_is_refused_unless_its_run_is_resumed(tmp_path):
-    cfg = Config(out=str(tmp_path / "deep/run"), size=(64, 96))
-    assert started(cfg) == tmp_path / "deep/run"                 # made if need be
+    words = ["--out", str(tmp_path / "deep/run"), "--steps", "7", "--size", "64", "96"]
+    assert begin(*words) == tmp_path / "deep/run"                # made if need be
     with pytest.raises(ValueError, match=r"run is not empty; choose another --out, or .*--resume"):
-        started(cfg)
-    with open_run(resumed(tmp_path / "deep/run")) as out:
-        assert (out / "state.pt").exists()
+        begin(*words)
+    cfg = Config(out=str(tmp_path / "deep/run"), steps=7, size=(64, 96), resume=True)
+    assert in_folder(lambda *both: both, Config, ["--resume", *words[:2]], "") == (
+        cfg, tmp_path / "deep/run")
 
 
 def test_after_a_mistake_the_same_folder_can_be_used_with_other_options(tmp_path):
     """A run that failed early leaves a config, a list of skipped files, or a half-written file."""
-    (tmp_path / ".123.4f").write_text("{")
-    for steps in (1, 2):
-        with open_run(Config(out=str(tmp_path), steps=steps)) as out:
-            (out / "skipped.csv").touch()
+    for name in (".123.4f", "config.json", "skipped.csv"):
+        (tmp_path / name).write_text("{")
+    begin("--out", tmp_path, "--steps", 2)
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == 2
 
 
 def test_a_run_is_not_resumed_where_there_is_none_or_a_finished_one(tmp_path):
-    (tmp_path / "empty").mkdir()
-    for out in (tmp_path / "nowhere", tmp_path / "empty"):
-        with pytest.raises(ValueError, match=f"--resume: there is no run in {out}; name the"):
-            resumed(out)
-    with pytest.raises(ValueError, match="--resume: there is no run in None; name the folder"):
-        read_config(Config, ["--resume"], "")
-    started(Config(out=str(tmp_path / "done")))
+    begin("--out", tmp_path / "done")
     (tmp_path / "done/metrics.json").touch()
-    with pytest.raises(ValueError, match="is finished; its result is in metrics.json"):
-        resumed(tmp_path / "done")
+    for out in (tmp_path / "nowhere", tmp_path, tmp_path / "done"):
+        with pytest.raises(ValueError, match=f"--resume: there is no unfinished run in {out}; "):
+            resumed(out)
+    with pytest.raises(ValueError, match="no unfinished run in None; name one by --out"):
+        read_config(Config, ["--resume"], "")
 
 
 def test_resuming_with_other_options_names_what_changed_and_keeps_the_record(tmp_path):
-    started(Config(out=str(tmp_path)))
+    begin("--out", tmp_path)
     with pytest.raises(ValueError, match=r"\(steps: 900, now 10; size: None, now \[8, 9\]\)"):
         resumed(tmp_path, "--steps", "10", "--size", "8", "9")
     assert resumed(tmp_path, "--steps", "900").steps == 900      # said again, it does not differ
@@ -99,16 +89,13 @@ def test_resuming_with_other_options_names_what_changed_and_keeps_the_record(tmp
 
 
 def test_where_and_how_a_run_is_computed_may_change(tmp_path):
-    cfg = Config(out=str(tmp_path))
-    started(cfg)
+    cfg = Config(out=str(begin("--out", tmp_path)))
     other = resumed(f"{tmp_path}/", "--workers", "9", "--device", "cpu")
     assert (other.workers, other.device) == (9, "cpu")
     assert digest(other) == digest(cfg) != digest(dataclasses.replace(cfg, seed=1))
     recorded = dataclasses.asdict(cfg)
     recorded.pop("seed")                                         # as before the option existed
     assert differences(dataclasses.asdict(cfg), {**recorded, "out": "x"}) == ["seed: None, now 0"]
-    (tmp_path / "config.json").write_text(json.dumps({**recorded, "gone": 1}))
-    assert resumed(tmp_path).seed == 0                           # or dropped since
     assert {"seed", "steps", "amp", "batch_size"}.isdisjoint(records.NEUTRAL)
 
 
@@ -117,13 +104,12 @@ def test_an_interrupted_run_says_how_to_resume_it(tmp_path, monkeypatch, capsys,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["distill.py", *words])
 
-    def stopped(cfg, out, error):
-        with open_run(Config(out="runs/teacher")):               # as where a teacher is trained
+    def said(error):
+        def stopped(cfg, out):
             raise error
 
-    def said(error):
         with pytest.raises(SystemExit) as caught:
-            one_sentence(lambda: in_folder(partial(stopped, error=error), Config, None, ""))()
+            one_sentence(lambda: in_folder(stopped, Config, None, ""))()
         shutil.rmtree("runs")
         return caught.value.code, capsys.readouterr().err
 

@@ -133,19 +133,8 @@ def test_a_pool_of_which_more_than_half_cannot_be_used_is_refused(pool):
     scores[:15] = torch.inf
     assert len(unusable(pool, scores)) == 15
     scores[15] = torch.nan
-    with pytest.raises(ValueError, match=r"16 of 30 files of the pool .*first is .*00\.png: its"):
+    with pytest.raises(ValueError, match=r"16 of 30 pool files are unusable: .*00\.png: its"):
         unusable(pool, scores)
-
-
-def test_where_scores_cannot_be_stored_a_run_works_all_the_same(
-        teacher, pool, tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(scoring, "STORE", tmp_path / "file/scores")
-    result = distill.distill(teacher, build_model("resnet_tiny", 5), pool.files, SIZE, Config(
-        budget=4, steps=1, batch_size=2, amp="off"), tmp_path / "run")
-    assert "warning: the scores are not kept for later runs" in capsys.readouterr().out
-    assert torch.equal(result["scores"], scores_of(teacher, pool)[0])
-    assert (tmp_path / "run/chosen.csv").exists()
 
 
 # ---------------------------------------------------------------- several processes
@@ -204,11 +193,3 @@ def test_two_processes_make_the_file_of_one_and_a_later_start_only_what_is_missi
     monkeypatch.setattr(scoring, "score_pool", lambda *_: pytest.fail("scored again"))
     distill.main([*words, "--budget", "8", "--dry-run", "--out", str(tmp_path / "run")])
     assert f"the scores of this pool are read from {path}" in capfd.readouterr().out
-
-
-def test_processes_that_find_no_place_for_their_scores_say_so(world, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(scoring, "STORE", tmp_path / "file/scores")
-    with pytest.raises(ValueError, match=r"file/scores/.*\.f32 cannot be written; start where"):
-        scoring.main(["--dataset", "none", "--pool", f"{world}/pool", "--teacher",
-                      f"{world}/teacher.pt"])

@@ -99,14 +99,6 @@ def test_the_learning_rate_warms_up_and_then_falls_by_the_poly_rule():
     assert used[999] == pytest.approx(0.1 * 0.001 ** 0.9)
 
 
-def test_training_lowers_the_loss_in_train_mode_and_ends_in_eval_mode(often):
-    model = network().eval()
-    run = train(model, lambda model, step, x: (model(x) - 1).square().mean(), steps=60, lr=0.05)
-    assert [step for step, _ in run.curve] == list(range(2, 61, 2)) and not model.training
-    assert run.curve[-1][1] < 0.5 * run.curve[0][1]
-    assert model[1].num_batches_tracked == 60
-
-
 def test_batch_t_comes_at_step_t_and_the_curve_is_the_mean_loss_between_two_checks(often):
     def loss(model, step, images):
         assert torch.equal(images, Noise()[step][0])
@@ -229,7 +221,7 @@ def test_weights_that_are_not_finite_behind_a_finite_loss_are_not_saved(often, t
         return (0 * value).sqrt() if step + 1 == 8 else value
 
     for out in (None, tmp_path):                  # nor does a caller get them without a folder
-        with pytest.raises(ValueError, match="weights became infinite or NaN by step 8; lower"):
+        with pytest.raises(ValueError, match="a weight became infinite or NaN at step 8; lower"):
             train(network(), loss, out=out)
     assert checkpoint.load(tmp_path / "state.pt")["step"] == 4
 
