@@ -389,4 +389,4 @@ def test_a_teacher_whose_logits_are_not_finite_is_named_with_the_file(pool_folde
     message = r"the teacher's logits for (.*\.png) are infinite or NaN; use --amp off"
     with pytest.raises(ValueError, match=message) as caught:
         distill.distill(teacher, build_model("resnet_tiny", 7), pool_folder, (32, 64), cfg)
-    assert np.asarray(Image.open(re.match(message, str(caught.value))[1])).mean() < 255 / 2
+    assert Path(re.match(message, str(caught.value))[1]).parent == pool_folder
