@@ -96,6 +96,15 @@ def test_all_is_checked_before_the_pool_is_scored(pool_folder, monkeypatch):
         distill.distill(network(), network(4), pool_folder, SIZE, distill.Config(budget=4))
 
 
+def test_a_precision_that_the_device_has_not_is_refused_too(check, monkeypatch):
+    def refuse(name, device):
+        raise ValueError("this card does not compute in bfloat16")
+
+    monkeypatch.setattr(checks, "pick_amp", refuse)
+    with pytest.raises(ValueError, match="^this card does not compute in bfloat16"):
+        check()
+
+
 def test_a_lack_of_memory_is_no_fault_of_the_student(check):
     def no_room(self, logits):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")

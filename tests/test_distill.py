@@ -76,8 +76,8 @@ def test_a_run_leaves_a_complete_record(world, tmp_path, capsys, drawn):
         "student mIoU {student_miou:.1%}, teacher {teacher_miou:.1%}, agreement with the teacher "
         "{agreement_miou:.1%} (pixels {agreement_pixels:.1%})".format(**metrics))
     assert json.loads((tmp_path / "a/metrics.json").read_text()) == json.loads(json.dumps(metrics))
-    for key in ("teacher_miou", "student_miou", "agreement_miou"):
-        assert 0 <= metrics[key] <= 1
+    for key in ("teacher_miou", "student_miou", "agreement_miou", "agreement_pixels"):
+        assert 0 < metrics[key] < 1
     assert (metrics["pool_images"], metrics["selected_images"], metrics["updates"]) == (40, 8, 4)
     assert metrics["config"]["budget"] == 8 and metrics["environment"]["torch"]
     assert sum(metrics["stage_seconds"].values()) == pytest.approx(metrics["seconds"])

@@ -214,6 +214,8 @@ MEMORY = "out of memory; lower --batch-size, --image-size or --views"
      "too many open files; raise `ulimit -n`"),
     (RuntimeError("DataLoader worker (pid 9) is killed by signal: Killed"),
      "a process that loads images died; use fewer --workers"),
+    (RuntimeError("unexpected EOF, expected 9 more bytes"), "a downloaded file is cut off; delete"),
+    (RuntimeError("invalid hash value"), "a downloaded file is damaged"),
     (RuntimeError("nll_loss2d does not have a deterministic implementation"),
      "a network cannot be computed so; leave out --deterministic")])
 def test_what_torch_raises_is_explained_by_its_cause(error, sentence, capsys):
