@@ -193,7 +193,8 @@ def build_model(name, num_classes=None, weights=None, weights_backbone=None, **m
         if weights not in known:
             raise ValueError(f"there are no weights {weights!r} for {name}; expected DEFAULT for "
                              f"one of {', '.join(TORCHVISION)}")
-        more = {"class_names": known[weights].meta["categories"]}       # normalised like ImageNet
+        weights = known[weights]
+        more = {"class_names": weights.meta["categories"]}              # normalised like ImageNet
         num_classes = num_classes or len(more["class_names"])
     if num_classes is None:
         raise ValueError(f"{name} without published weights needs a number of classes")

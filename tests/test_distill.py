@@ -321,7 +321,7 @@ BAD_INPUTS = [
     ("--layers encoder", "no BatchNorm layer matches 'encoder'"), ("--metric l1", "invalid choice"),
     ("--teacher-temperature 0", "at least 0.01; got 0"), ("--out full", "is not empty"),
     ("--dataset scenes --data-root ", "--dataset is missing"),
-    ("--dataset none --pool dark", "no image held out for agreement is readable: dark"),
+    ("--dataset none --pool dark", "no image held out for agreement can be read, such as dark"),
     ("--device cuda:99", "torch cannot compute on --device cuda:99"),
     ("--data-root bad", r"01.png holds the label values \[9\]")]
 
