@@ -169,12 +169,14 @@ def test_tiles_are_those_of_the_image_in_another_order():
 def test_tiles_of_a_list_of_photos_have_twice_the_working_size(teacher_file, pool_folder, tmp_path):
     files, csv = [pool_folder / "03.png", pool_folder / "01.png"], tmp_path / "list.csv"
     csv.write_text(f"file\n{files[0]}\n{files[1]}\n")
-    for out, grid in (("whole", 1), ("tiles", 4)):
+    for out, grid in (("whole", 1), ("tiles", 4), ("again", 4)):
         make(teacher_file, "tiles", tmp_path / out, "--images", csv, "--grid", grid)
-    whole, tiles = (pictures(find_images(tmp_path / out)) for out in ("whole", "tiles"))
+    whole, tiles, again = (pictures(find_images(tmp_path / out)) for out in (
+        "whole", "tiles", "again"))
     assert Image.open(tmp_path / "whole/0001.png").size == (96, 64)
     expected = pictures(files).float()
     assert (whole - expected).abs().mean() < 4 < (tiles - expected).abs().mean()
+    assert torch.equal(tiles, again)                                    # they depend on the seed
 
 
 # ---------------------------------------------------------------- DFAD
