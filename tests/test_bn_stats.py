@@ -50,6 +50,8 @@ def test_distances_equal_slow_loops_in_float64(metric):
     images = torch.randn(3, 3, 64, 64)                     # maps from 32x32 to a single pixel
     network = with_random_statistics(torchvision.models.get_model(
         "deeplabv3_mobilenet_v3_large", weights=None, weights_backbone=None, num_classes=5))
+    for layer in bn_layers(network).values():
+        layer.eps = 0.1                                    # an eps that is left out is noticed
     with torch.no_grad(), capture_bn_inputs(network) as captured:
         slow = slow_distances(network, images, metric)
     fast = bn_distance(captured, bn_layers(network), metric)
