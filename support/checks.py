@@ -57,6 +57,8 @@ def check_inputs(teacher, student, layers, pool, cfg):
                          "--budget 0 takes all")
     if {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}:
         raise ValueError("teacher and student share weights; give the student a network of its own")
+    if not any(p.requires_grad for p in student.parameters()):
+        raise ValueError("all weights of the student are frozen; set requires_grad on them")
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(max(2, cfg.batch_size), 3, *pool.size, generator=generator)
     images = images.to(next(teacher.parameters()).device)

@@ -7,11 +7,11 @@ Use it
 """
 
 import csv
-import glob
 import hashlib
 import math
 import os
 import warnings
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -32,11 +32,25 @@ def read_csv(path):
         return list(csv.reader(file))
 
 
+def walk(folder, seen):
+    """Yield the files below a folder, sorted, but not those whose name begins with a dot.
+
+    Links to folders are followed, no folder twice.
+    """
+    if os.path.realpath(folder) not in seen:
+        seen.add(os.path.realpath(folder))
+        for path in sorted(Path(folder).iterdir()):
+            if path.is_dir() and not path.name.startswith("."):
+                yield from walk(path, seen)
+            elif not path.name.startswith("."):
+                yield path
+
+
 def find_images(folder):
     """Return the image files anywhere below a folder, sorted.
 
-    Links are followed; names that begin with a dot are left out. Instead of a folder: a CSV whose
-    first column is `file`, such as a run's chosen.csv; its files are returned in its order.
+    Instead of a folder: a CSV whose first column is `file`, such as a run's chosen.csv; its files
+    are returned in its order.
     FileNotFoundError if there is no such folder or no image in it;
     ValueError if the CSV has no such column.
     """
@@ -47,8 +61,8 @@ def find_images(folder):
         return [Path(name) for name, *_ in rows[1:]]
     if not folder or not Path(folder).is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; expected a folder of images")
-    found = sorted(Path(folder, name) for name in glob.iglob("**", root_dir=folder, recursive=True)
-                   if name.lower().endswith(IMAGE_SUFFIXES))
+    found = [path for path in walk(folder, set())
+             if path.suffix.lower() in IMAGE_SUFFIXES]
     if not found:
         raise FileNotFoundError(f"no image below {folder}; expected {', '.join(IMAGE_SUFFIXES)}")
     return found
@@ -69,7 +83,8 @@ def load_image(path, at_least=None, upright=True):
                 image.draft("RGB", (2 * max(at_least), 2 * max(at_least)))
             image.load()
             if upright:
-                image = ImageOps.exif_transpose(image)
+                with suppress(Exception):         # damaged EXIF: the pixels are fine
+                    image = ImageOps.exif_transpose(image)
             if image.mode[0] in "IF":             # convert("RGB") would clip them to white
                 raise ValueError("more than 8 bits per channel; convert it to 8")
             return image.convert("RGB")

@@ -123,13 +123,20 @@ def pick_device(name):
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if name.startswith("cuda") and processes > 1:
+        if processes > gpus or ":" in name:
+            raise ValueError(f"{processes} processes need {processes} GPUs, but --device {name} "
+                             f"has {1 if ':' in name else gpus}; lower --nproc-per-node, or use "
+                             "--device cpu")
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        return torch.empty(1, device=name).device
+        device = torch.device(name)
+        torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"torch cannot compute on --device {name} here "
                          f"({str(error).splitlines()[0]}); use --device cpu") from error
+    return device
 
 
 def set_deterministic():
@@ -139,6 +146,14 @@ def set_deterministic():
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"        # cuBLAS is only deterministic with it
     torch.use_deterministic_algorithms(True)
+
+
+def warn_if_busy():
+    """Print a line if other programs keep the cores busy: threads then wait for each other."""
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0, os.cpu_count()
+    if load > 0.75 * cores and torch.get_num_threads() > 1:
+        print(f"warning: this machine is busy (load {load:.1f} on {cores} cores); this run may be "
+              "several times faster with OMP_NUM_THREADS=1")
 
 
 def pick_workers(workers, device):
@@ -153,9 +168,12 @@ def pick_amp(name, device):
 
     "auto" is bfloat16 where the hardware computes in it, which about doubles the speed.
     """
+    native = (torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda"
+              else torch.cpu.get_capabilities().get("avx512_bf16"))
+    if name == "bfloat16" and device.type == "cuda" and not native:
+        raise ValueError(f"{torch.cuda.get_device_name(device)} does not compute in bfloat16; use "
+                         "--amp float16 or --amp off")
     if name == "auto":
-        native = (torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda"
-                  else torch.cpu.get_capabilities().get("avx512_bf16"))
         name = "bfloat16" if native else "off"
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "off": None}[name]
 
@@ -168,7 +186,9 @@ CAUSES = {
     "not enough memory": "out of memory; lower --batch-size, --image-size or --views",
     "out of memory": "out of memory; lower --batch-size, --image-size or --views",
     "Too many open files": "too many open files; raise `ulimit -n`, or use fewer --workers",
-    "deterministic implementation": "a network cannot be computed so; leave out --deterministic"}
+    "deterministic implementation": "a network cannot be computed so; leave out --deterministic",
+    "unexpected EOF": "a downloaded file is cut off; delete it from torch's cache and start again",
+    "invalid hash value": "a downloaded file is damaged; start again to fetch it anew"}
 
 
 def explain(error):

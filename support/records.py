@@ -22,7 +22,7 @@ import torch
 
 from support import checkpoint
 from support.images import read_csv
-from support.options import parse, pick_amp, set_deterministic
+from support.options import parse, pick_amp, set_deterministic, warn_if_busy
 
 # Options that say where or how a run is computed, not what it computes.
 NEUTRAL = {"out", "resume", "dry_run", "device", "workers", "download"}
@@ -79,6 +79,7 @@ def in_folder(run, config_class, argv, description):
     the command that resumes the run as a note.
     """
     cfg = read_config(config_class, argv, description)
+    warn_if_busy()
     if cfg.deterministic:
         set_deterministic()
     taken = [int(p.name) for p in Path("runs").glob("*") if p.name.isdigit()]

@@ -66,10 +66,14 @@ def open_scores(path, count):
     empty = np.full(count, MISSING, np.float32)
     if path is None:
         return empty
-    if not path.exists():
-        with atomic(path) as temporary:
-            empty.tofile(temporary)
-    return np.memmap(path, np.float32, "r+", shape=(count,))
+    try:
+        if not path.exists():
+            with atomic(path) as temporary:
+                empty.tofile(temporary)
+        return np.memmap(path, np.float32, "r+", shape=(count,))
+    except OSError as error:
+        print(f"warning: the scores are not kept for later runs ({error})")
+        return empty
 
 
 def cached_scores(score, pool, device, workers=None, path=None, rank=0, processes=1):
@@ -134,7 +138,11 @@ def main(argv=None):
     pool = open_pool(files, teacher, teacher.image_size, cfg.match_colours)
     layers = select_layers(bn_layers(teacher), cfg.layers)
     path = score_file(teacher, layers, pool, cfg)
-    while rank and not path.exists():    # the first alone makes the file: another would empty it
+    if rank == 0:                    # one process alone makes the file: another would empty it
+        open_scores(path, len(pool))
+        if not path.exists():
+            raise ValueError(f"{path} cannot be written; start where it can be")
+    while not path.exists():
         time.sleep(0.1)
     cached_scores(lambda images, _: image_distances(teacher, images, layers, cfg.metric), pool,
                   teacher.mean.device, cfg.workers, path, rank, processes)

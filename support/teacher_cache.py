@@ -76,7 +76,7 @@ class TeacherCache:
     teacher_pass: from images (B, 3, H, W) on the device to logits (B, K, h, w); they are stored in
     float16. views: a `data.Views`, of which cfg.views of each file are cached, no more than will be
     used. keys: B of (index, view number). folder: for logits that do not fit into memory; views
-    that do not are cut again.
+    that do not are cut again. ValueError names a file whose teacher logits are not finite.
     """
 
     def __init__(self, teacher_pass, views, cfg, device, folder=None):
@@ -87,6 +87,11 @@ class TeacherCache:
         steps = math.ceil(len(keys) / batch_size)
         for i, images in enumerate(progress(loader, "teacher logits", total=steps)):
             logits = teacher_pass(as_input(images, device))                   # (B, K, h, w)
+            bad = (~logits.isfinite().flatten(1).all(1)).nonzero()
+            if len(bad):
+                file = views.files[keys[i * batch_size + int(bad[0])][0]]
+                raise ValueError(f"the teacher's logits for {file} are infinite or NaN; use --amp "
+                                 "off, or take this file out of the pool")
             logits = logits.clamp(-6e4, 6e4).half()           # float16 holds no more than 65,504
             if i == 0:
                 self.logits = allocate((len(keys), *logits.shape[1:]), folder)

@@ -68,7 +68,7 @@ BAD_NETWORKS = {
     "NaN mean": (lambda: {"teacher": broken("running_mean", torch.nan)}, "infinite or NaN"),
     "negative variance": (lambda: {"teacher": broken("running_var", -1.0)}, "infinite or NaN"),
     "infinite weight": (lambda: {"teacher": broken("weight", torch.inf)}, "infinite or NaN"),
-    "frozen": (lambda: {"student": network().requires_grad_(False)}, "rehearsed training step"),
+    "frozen": (lambda: {"student": network().requires_grad_(False)}, "weights .* are frozen"),
     "a tuple": (lambda: {"student": Returns(tuple_in_training)}, "rehearsed training step"),
     "one image": (lambda: {"student": build_model("deeplabv3_mobilenet_v2", 3), "batch_size": 1},
                   "rehearsed training step: Expected more than 1"),

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import with_random_statistics
 from PIL import Image
+from torch import nn
 
 import distill
 import evaluate
@@ -367,3 +368,25 @@ def test_on_the_command_line_an_error_is_one_line_and_exit_code_2(tmp_path):
                            tmp_path / "x", "--teacher", "y.pt", "--out", tmp_path / "out"],
                           capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr == "error: there is no checkpoint at y.pt\n"
+
+
+class NotFinite(nn.Module):
+    """A teacher whose logits are NaN for dark images, although its statistics are fine."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = build_model("resnet_tiny", 7)
+
+    def forward(self, x):
+        dark = x.mean((1, 2, 3), keepdim=True) < 0.45
+        return self.net(x).masked_fill(dark, torch.nan)
+
+
+def test_a_teacher_whose_logits_are_not_finite_is_named_with_the_file(pool_folder):
+    torch.manual_seed(0)
+    teacher = with_random_statistics(NotFinite())
+    cfg = dataclasses.replace(CONFIG, budget=0)
+    message = r"the teacher's logits for (.*\.png) are infinite or NaN; use --amp off"
+    with pytest.raises(ValueError, match=message) as caught:
+        distill.distill(teacher, build_model("resnet_tiny", 7), pool_folder, (32, 64), cfg)
+    assert Path(re.match(message, str(caught.value))[1]).parent == pool_folder

@@ -28,20 +28,6 @@ def test_images_are_found_below_a_folder_sorted_and_whatever_the_case_of_their_s
     assert names == ["a.jpg", "b.PNG", "sub/c.JPeG", "sub-2/g.png", "z.heic"]
 
 
-def test_links_to_folders_are_followed_and_dead_links_are_left_to_the_reader(tmp_path):
-    pool, other = tmp_path / "pool [1]", tmp_path / "other"
-    write(pool / "a.png", coordinates(6, 4))
-    write(other / "deeper" / "b.png", coordinates(6, 4))
-    for name, target in (("first", other), ("nowhere.png", tmp_path / "nowhere")):
-        (pool / name).symlink_to(target)
-    files = find_images(pool)
-    assert [path.relative_to(pool).as_posix() for path in files] == [
-        "a.png", "first/deeper/b.png", "nowhere.png"]
-    with pytest.raises(ValueError, match="nowhere.png"):
-        load_image(files[2])
-    assert drop_copies(files, [files[2]]) == (files, [])
-
-
 def test_a_table_stands_for_a_folder_in_its_own_order_and_may_come_from_windows(tmp_path):
     files = [tmp_path / os.fsdecode(b"caf\xe9 \n.jpg"), tmp_path / "a.jpg"]
     write_csv(tmp_path / "list.csv", ("file", "distance"), [[path, 1] for path in files])
@@ -215,3 +201,27 @@ def test_the_teachers_colours_are_given_to_every_picture_whatever_it_had(photo):
     for image in (photo, photo.point(lambda value: value // 4)):
         colours = to_tensor(matcher(image)).float().mean((1, 2)) / 255
         assert (colours - scene.mean((0, 2, 3))).abs().max() < 0.05
+
+
+def test_links_to_folders_are_followed_each_folder_once_and_dead_links_are_left_to_the_reader(
+        tmp_path):
+    pool, other = tmp_path / "pool", tmp_path / "other"
+    write(pool / "a.png", coordinates(6, 4))
+    write(other / "deeper" / "b.png", coordinates(6, 4))
+    for name, target in (("second", other), ("first", other), ("round", pool),
+                         ("self.png", pool / "self.png"), ("nowhere.png", tmp_path / "nowhere")):
+        (pool / name).symlink_to(target)
+    (other / "back").symlink_to(pool)
+    files = find_images(pool)
+    assert [path.relative_to(pool).as_posix() for path in files] == [
+        "a.png", "first/deeper/b.png", "nowhere.png", "self.png"]
+    for path in files[2:]:
+        with pytest.raises(ValueError, match=path.name):
+            load_image(path)
+    assert drop_copies(files, [files[3]]) == (files, [])
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_a_picture_whose_exif_is_damaged_is_read(tmp_path, suffix):
+    path = write(tmp_path / f"a.{suffix}", Image.new("RGB", (8, 6), "red"), exif=b"damaged")
+    assert load_image(path).size == (8, 6)

@@ -6,14 +6,13 @@ import math
 import os
 import signal
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from support import options, records
 from support.options import (Running, one_sentence, option, parse, pick_amp, pick_device,
-                             pick_workers, with_defaults)
+                             pick_workers, warn_if_busy, with_defaults)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -107,15 +106,6 @@ def test_the_tests_compute_on_the_cpu():
 def test_a_device_that_is_not_there_is_named(name):
     with pytest.raises(ValueError, match=f"torch cannot compute on --device {name} here .*; use"):
         pick_device(name)
-
-
-def test_under_torchrun_each_process_gets_a_gpu_of_its_own(monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(ValueError, match="torch cannot compute on --device cuda:1"):
-        pick_device("cuda")
-    monkeypatch.setattr(torch, "empty", lambda size, device: SimpleNamespace(
-        device=torch.device(device)))
-    assert pick_device("cuda") == torch.device("cuda:1") and pick_device("cpu") == CPU
 
 
 def test_the_precision_is_bfloat16_where_the_hardware_has_it(monkeypatch):
@@ -215,3 +205,40 @@ def test_a_bug_keeps_its_traceback(capsys):
 def test_a_program_without_an_error_returns_quietly(capsys):
     assert one_sentence(lambda: {"miou": 1})() is None           # a value would be an exit code
     assert capsys.readouterr() == ("", "") and options.explain(TypeError()) is None
+
+
+def test_under_torchrun_each_process_gets_a_gpu_of_its_own_or_is_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, gpus in (("cuda", 1), ("cuda:0", 1)):
+        with pytest.raises(ValueError, match=f"^2 processes need 2 GPUs, but --device {name} has "
+                                             f"{gpus}; lower --nproc-per-node"):
+            pick_device(name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "empty", lambda size, device: None)
+    assert pick_device("cuda") == torch.device("cuda:1") and pick_device("cpu") == CPU
+
+
+@pytest.mark.parametrize(("load", "threads", "busy"), [(2.1, 2, True), (2.1, 1, False),
+                                                       (0.4, 2, False)])
+def test_a_busy_machine_is_named_at_the_start_unless_there_is_one_thread(
+        tmp_path, monkeypatch, capsys, load, threads, busy):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0, 0), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    records.in_folder(lambda *_: None, Config, ["--out", str(tmp_path)], "")
+    said = capsys.readouterr().out
+    assert ("this machine is busy (load 2.1 on 2 cores)" in said) == busy
+    assert ("OMP_NUM_THREADS=1" in said) == busy
+    monkeypatch.delattr(os, "getloadavg")                        # as on Windows
+    warn_if_busy()
+    assert capsys.readouterr().out == ""
+
+
+def test_bfloat16_is_refused_on_a_card_that_does_not_compute_in_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(ValueError, match="Tesla T4 does not compute in bfloat16"):
+        pick_amp("bfloat16", torch.device("cuda"))
+    assert pick_amp("auto", torch.device("cuda")) is None

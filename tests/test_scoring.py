@@ -197,3 +197,22 @@ def test_two_processes_make_the_file_of_one_and_a_later_start_only_what_is_missi
     monkeypatch.setattr(scoring, "score_pool", lambda *_: pytest.fail("scored again"))
     distill.main([*words, "--budget", "8", "--dry-run", "--out", str(tmp_path / "run")])
     assert f"the scores of this pool are read from {path}" in capfd.readouterr().out
+
+
+def test_where_scores_cannot_be_stored_a_run_works_all_the_same(
+        teacher, pool, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(scoring, "STORE", tmp_path / "file/scores")
+    result = distill.distill(teacher, build_model("resnet_tiny", 5), pool.files, SIZE, Config(
+        budget=4, steps=1, batch_size=2, amp="off"), tmp_path / "run")
+    assert "warning: the scores are not kept for later runs" in capsys.readouterr().out
+    assert torch.equal(result["scores"], scores_of(teacher, pool)[0])
+    assert (tmp_path / "run/chosen.csv").exists()
+
+
+def test_processes_that_find_no_place_for_their_scores_say_so(world, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(scoring, "STORE", tmp_path / "file/scores")
+    with pytest.raises(ValueError, match=r"file/scores/.*\.f32 cannot be written; start where"):
+        scoring.main(["--dataset", "none", "--pool", f"{world}/pool", "--teacher",
+                      f"{world}/teacher.pt"])
