@@ -127,7 +127,8 @@ def write_masks(model, folder, out, size, device, overlay=False):
     if Path(folder).resolve() in (Path(out).resolve(), *Path(out).resolve().parents):
         raise ValueError(f"--out {out} lies in the folder of the images; name another folder")
     files, written = find_images(folder), 0
-    colours = class_colours(getattr(model, "class_names", ()))
+    own = class_colours(getattr(model, "class_names", ()))
+    colours = [*own, *class_colours(range(256))[len(own):]]          # for outputs without a name
     for path, name in zip(progress(files, "masks"), mask_names(files), strict=True):
         try:
             image = load_image(path)

@@ -17,8 +17,8 @@ Paper
     distance. That f is the spatial mean of what enters the last BatchNorm layer is ours.
 
 Symbols
-    B images of a batch, n readable images, C channels, K classes, H W pixels, h w of the logits.
-    S the selected images; mu, var (n, C): spatial mean and variance of what enters a layer.
+    N images of the pool, n of them readable, B of a batch, S the selected ones; C channels,
+    K classes, h w of the logits. mu, var (n, C): spatial mean and variance of a layer's input.
 
 Use it
     python -m experiments.baselines --method herding --teacher T.pt --pool photos \\
@@ -30,15 +30,13 @@ Use it
 from dataclasses import dataclass
 
 import torch
-from torch.utils.data import DataLoader
 
 from ads_sampler import sample
 from bn_stats import bn_distance, bn_layers, capture_bn_inputs, select_layers
 from support import command, records
 from support.data import open_pool
-from support.images import as_input
-from support.options import one_sentence, option, pick_workers
-from support.progress import progress
+from support.options import one_sentence, option
+from support.scoring import cached_scores
 
 
 def mean_entropy(logits):
@@ -81,24 +79,6 @@ def herding(captured, layers, budget, metric="l2"):
     return torch.tensor(selected)
 
 
-@torch.no_grad()
-def read_pool(teacher, layers, loader):
-    """Return (indices (n,), entropies (n,), {layer: (2, n, C)}) of the n images that can be read.
-
-    loader: of (indices (B,), images (B, 3, H, W), readable (B,)). The last: as in `herding`.
-    """
-    indices, entropies, rows = [], [], {}
-    for index, images, readable in progress(loader, "reading the pool"):
-        with capture_bn_inputs(teacher, layers) as captured:
-            logits = teacher(as_input(images, teacher.mean.device))            # (B, K, h, w)
-        indices.append(index[readable])
-        entropies.append(mean_entropy(logits)[readable])
-        for name, statistics in captured.items():
-            rows.setdefault(name, []).append(torch.stack(statistics)[:, readable])
-    captured = {name: torch.cat(parts, dim=1) for name, parts in rows.items()}
-    return torch.cat(indices), torch.cat(entropies), captured
-
-
 @dataclass(frozen=True)
 class Config(command.Inputs):
     method: str = option("entropy", "how to select", ("entropy", "k-centre", "herding"))
@@ -110,16 +90,25 @@ def select(cfg, out):
     teacher, files, _ = command.open_inputs(cfg, out)
     pool = open_pool(files, teacher, teacher.image_size, cfg.match_colours)
     layers = select_layers(bn_layers(teacher), cfg.layers)
-    loader = DataLoader(pool, 16, num_workers=pick_workers(cfg.workers, teacher.mean.device))
-    indices, entropies, captured = read_pool(teacher, layers, loader)
-    selected = sample(-entropies, cfg.budget)
+    rows = {}
+
+    def score(images, index):
+        with capture_bn_inputs(teacher, layers) as captured:
+            logits = teacher(images)                                           # (B, K, h, w)
+        for name, statistics in captured.items():
+            rows.setdefault(name, []).append(torch.stack(statistics))          # (2, B, C)
+        return -mean_entropy(logits)
+
+    scores, _ = cached_scores(score, pool, teacher.mean.device, cfg.workers)   # (N,)
+    selected, usable = sample(scores, cfg.budget), scores.isfinite().nonzero().squeeze(1)
+    captured = {name: torch.cat(parts, dim=1)[:, usable] for name, parts in rows.items()}
     if cfg.method == "k-centre":
-        selected = k_centre([mean for mean, _ in captured.values()][-1], cfg.budget)
+        features = list(captured.values())[-1][0]                              # the last layer's mu
+        selected = usable[k_centre(features, cfg.budget)]
     elif cfg.method == "herding":
-        selected = herding(captured, layers, cfg.budget, cfg.metric)
-    chosen = [files[i] for i in indices[selected.cpu()].tolist()]
-    records.write_csv(out / "chosen.csv", ("file",), [[file] for file in chosen])
-    print(f"{cfg.method}: {len(chosen)} of {len(indices)} images, listed in {out / 'chosen.csv'}")
+        selected = usable[herding(captured, layers, cfg.budget, cfg.metric)]
+    records.write_csv(out / "chosen.csv", ("file",), [[files[i]] for i in selected.tolist()])
+    print(f"{cfg.method}: {cfg.budget} of {len(usable)} images, listed in {out / 'chosen.csv'}")
 
 
 def main(argv=None):

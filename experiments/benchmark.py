@@ -64,16 +64,17 @@ def ratio(floor, call, repeats, device):
 
 
 def memory(count):
-    """Return the peak memory of scoring `count` images, divided by that of scoring a tenth.
+    """Return the row of the peak memory of scoring `count` images, next to a tenth of them.
 
     Measured before all else: any higher peak would hide it.
     """
-    peaks = []
+    teacher, peaks = freeze(build_model("resnet_tiny", 21)), []
     for n in (count // 10, count):
-        score_pool(lambda images: images.mean(dim=(1, 2, 3)),
+        score_pool(lambda images: image_distances(teacher, images),
                    (torch.rand(50, 3, 16, 16) for _ in range(n // 50)))
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)        # it never falls
-    return {"median": peaks[1] / peaks[0], "quartiles": [peaks[1] / peaks[0]] * 2}
+    return {"what": f"peak memory of scoring {count:,} images", "floor": f"{count // 10:,}",
+            "target": 1.05, "median": peaks[1] / peaks[0], "quartiles": [peaks[1] / peaks[0]] * 2}
 
 
 def network(name, size, device):
@@ -92,12 +93,11 @@ def bare_passes(model, images, passes=1, context=nullcontext):
 
 def training(files, size, steps, device):
     """Yield (what, name of the floor, target, floor, call) of training steps and of caching."""
-    (batch, _, h, w), views = size, 24
+    (batch, _, h, w), views, amp = size, 24, pick_amp("auto", device)
     teacher, images = network("resnet_small", size, device)
     student = build_model("resnet_tiny", 21).to(device)
     optimizer = torch.optim.AdamW(student.parameters(), 1e-4, fused=True)
-    amp = pick_amp("auto", device)
-    autocast = partial(torch.autocast, device.type, amp or torch.bfloat16, enabled=amp is not None)
+    autocast = partial(torch.autocast, device.type, amp, enabled=amp is not None)
     cfg = distill.Config(budget=0, batch_size=batch, views=views, steps=10 ** 6)
     teacher_pass = partial(distill.compute_teacher_logits, teacher, autocast,
                            comparison_size(teacher, student, (h, w)), cfg)
@@ -124,9 +124,7 @@ def training(files, size, steps, device):
 
 def scoring(files, size, wide, device):
     """Yield the same of scoring a folder of photos, and of scoring batches with two networks."""
-    small, images = network("resnet_small", size, device)
-    large, wide_images = network("deeplabv3_resnet50", wide, device)
-    pool = Pool(files, size[2:])
+    (small, images), pool = network("resnet_small", size, device), Pool(files, size[2:])
 
     def decode_and_score():
         for i in range(len(files)):
@@ -135,10 +133,11 @@ def scoring(files, size, wide, device):
 
     yield (f"scan {len(files)} JPEGs of 480x640", "decode + score", 1.1, decode_and_score,
            lambda: cached_scores(lambda x, _: image_distances(small, x), pool, device))
-    for name, model, x, target in (("resnet_small", small, images, 1.3),
-                                   ("deeplabv3_resnet50", large, wide_images, 1.15)):
-        yield (f"score {len(x)} x {x.shape[2]}x{x.shape[3]}, {name}", "teacher", target,
-               partial(bare_passes, model, x), partial(image_distances, model, x))
+    for name, (b, _, h, w), target in (("resnet_small", size, 1.3),
+                                       ("deeplabv3_resnet50", wide, 1.15)):
+        model, x = network(name, (b, 3, h, w), device)
+        yield (f"score {b} x {h}x{w}, {name}", "teacher", target, partial(bare_passes, model, x),
+               partial(image_distances, model, x))
 
 
 def table(record):
@@ -155,15 +154,15 @@ def main(argv=None):
     size, wide, steps, count = (16, 3, 96, 128), (2, 3, 520, 520), 300, 100_000
     if cfg.quick:
         size, wide, steps, count = (2, 3, 32, 48), (2, 3, 48, 64), 5, 1000
-    rows = [(f"peak memory of scoring {count:,} images", f"{count // 10:,}", 1.05, memory(count))]
+    rows = [memory(count)]
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(None):
         files = [Path(folder, f"{i}.jpg") for i in range(size[0])]
         for i, file in enumerate(files):
             Image.effect_mandelbrot((640, 480), (-2, -1, 1, 1 + i / 100), 50).save(file)
-        rows += [(*about, ratio(floor, call, cfg.repeats, device)) for *about, floor, call in (
-            *training(files, size, steps, device), *scoring(files, size, wide, device))]
-    rows = [{"what": what, "floor": name, "target": target, **numbers}
-            for what, name, target, numbers in rows]
+        for what, name, target, floor, call in (*training(files, size, steps, device),
+                                                *scoring(files, size, wide, device)):
+            rows.append({"what": what, "floor": name, "target": target,
+                         **ratio(floor, call, cfg.repeats, device)})
     record = {"environment": environment(device), "repeats": cfg.repeats, "rows": rows}
     save_json(record, Path(cfg.out) / f"benchmark_{device.type}.json")
     print(table(record))

@@ -97,8 +97,9 @@ def score_split(split, run, folder):
     """Return the mIoU of the student in `folder` on one more split. run: its distill.Config."""
     path = folder / f"{split.replace(':', '-')}.json"              # read if it was scored before
     if not path.exists():
-        words = ["--checkpoint", folder / "student.pt", "--dataset", run.dataset, "--data-root",
-                 run.data_root, "--split", split, "--device", run.device, "--out", path]
+        words = ["--checkpoint", folder / "student.pt", "--model", run.student_model, "--dataset",
+                 run.dataset, "--data-root", run.data_root, "--split", split, "--device",
+                 run.device, "--out", path]
         with redirect_stdout(None):                                # without the table of classes
             evaluate.main([str(word) for word in words])
     return json.loads(path.read_text())["miou"]

@@ -160,7 +160,7 @@ def shuffle_tiles(image, grid):
 class Config(Running):
     method: str = option("deepinversion", "how to make images", ("deepinversion", "tiles", "dfad"))
     teacher: str = option("", "teacher.pt of train_teacher.py", metavar="FILE", required=True)
-    images: str = option("", "tiles: images to cut, a folder or a run's chosen.csv", metavar="PATH")
+    images: str | None = option(None, "tiles: what to cut, a folder or a run's chosen.csv")
     grid: int = option(4, "tiles: number per side; 1 leaves the images whole", min=1)
     count: int = option(100, "deepinversion: number of images")
     steps: int = option(1500, "dfad: student updates; deepinversion: updates of each batch",

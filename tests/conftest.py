@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pictures import write
 from torch import nn
 
 from models import SegmentationModel, build_model
@@ -24,18 +25,10 @@ from support.labelled import CITYSCAPES, class_colours
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors gain nothing from threads, and a test should not depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def own_store(tmp_path_factory, monkeypatch):
-    """Keep scores away from the user's, and from other tests'."""
+def apart(tmp_path_factory, monkeypatch):
+    """Keep scores away from the user's and from other tests'; small tensors need one thread."""
     monkeypatch.setattr("support.scoring.STORE", tmp_path_factory.mktemp("scores"))
+    torch.set_num_threads(1)
 
 
 def with_random_statistics(model, seed=0):
@@ -50,11 +43,10 @@ def with_random_statistics(model, seed=0):
 
 def write_photos(folder, count, seed=0):
     """Write small photographs, 00.png and so on: smooth colours of many hues and sizes."""
-    folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     for i in range(count):
         small = Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8))
-        small.resize((50 + i, 40), Image.BICUBIC).save(folder / f"{i:02d}.png")
+        write(folder / f"{i:02d}.png", small.resize((50 + i, 40), Image.BICUBIC))
 
 
 @pytest.fixture
@@ -74,11 +66,10 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     write_photos(root / "pool", 40)
     write_photos(root / "val" / "images", 4, seed=1)
-    (root / "val" / "labels").mkdir()
     for i in range(4):
         labels = np.random.default_rng(i).integers(0, 8, (40, 50 + i), dtype=np.uint8)
         labels[:2] = 255                                         # void
-        Image.fromarray(labels).save(root / "val" / "labels" / f"{i:02d}.png")
+        write(root / "val" / "labels" / f"{i:02d}.png", labels)
     torch.manual_seed(0)
     teacher = build_model("resnet_tiny", 8, image_size=(32, 48))
     for module in teacher.modules():
@@ -91,50 +82,34 @@ def world(tmp_path_factory):
 
 # ---------------------------------------------------------------- miniatures of the real data sets
 
-def paint(labels, colours):
-    """Return a picture of a label map, each value in its class's colour, void like class 0."""
-    table = np.zeros((256, 3), dtype=np.uint8)
-    table[:len(colours)] = colours
-    table[255] = colours[0]
-    return table[labels]
-
-
-def voc_labels(width, height):
-    """Return a label map: 512 pixels of a person (15) with 128 of void beside it."""
-    labels = np.zeros((height, width), dtype=np.uint8)
-    labels[16:32, 16:48], labels[16:32, 48:56] = 15, 255
-    return labels
-
-
 @pytest.fixture
 def voc_tree(tmp_path):
     """Return a root with VOC 2012 in small: its folders, lists, encodings, and images of any size.
 
-    In each image 256 pixels at the top, which are background, are painted like a person.
+    Each image: 512 pixels of person (15), 128 of void, 256 of background painted like a person.
     """
     voc = tmp_path / "VOC" / "VOCdevkit" / "VOC2012"
-    lists = {"train": ["2007_000032", "2007_000039"], "val": ["2007_000033", "2007_000042"]}
-    aug = ["2007_000032", "2008_000002"]
-    sizes = {"2007_000033": (80, 48), "2007_000042": (96, 120)}
-    for folder in ("JPEGImages", "SegmentationClass", "SegmentationClassAug",
-                   "ImageSets/Segmentation"):
-        (voc / folder).mkdir(parents=True)
+    lists = {"train": ["2007_000032", "2007_000039"], "val": ["2007_000033", "2007_000042"],
+             "trainaug": ["2007_000032", "2008_000002"]}
+    lists["trainval"] = lists["train"] + lists["val"]
     palette = np.array(class_colours(range(256)), dtype=np.uint8)
-    for name in {*lists["train"], *lists["val"], *aug}:
-        labels = voc_labels(*sizes.get(name, (90, 64)))
-        shown = labels.copy()
+    sizes = {"2007_000033": (48, 80), "2007_000042": (120, 96)}
+    for name in {*lists["trainval"], *lists["trainaug"]}:
+        labels = np.zeros(sizes.get(name, (64, 90)), dtype=np.uint8)
+        labels[16:32, 16:48], labels[16:32, 48:56] = 15, 255
+        shown = labels % 255                                         # void looks like background
         shown[:16, 64:80] = 15
-        Image.fromarray(paint(shown, palette[:21])).save(
-            voc / "JPEGImages" / f"{name}.jpg", quality=98, subsampling=0)
-        if name in aug:
-            Image.fromarray(labels).save(voc / "SegmentationClassAug" / f"{name}.png")
+        write(voc / "JPEGImages" / f"{name}.jpg", palette[shown], quality=98, subsampling=0)
+        mask = Image.fromarray(labels)
+        if name in lists["trainaug"]:
+            write(voc / "SegmentationClassAug" / f"{name}.png", mask)
+        mask.putpalette(palette.flatten().tolist())
         if name.startswith("2007"):
-            mask = Image.fromarray(labels)
-            mask.putpalette(palette.flatten().tolist())
-            mask.save(voc / "SegmentationClass" / f"{name}.png")
-    lists |= {"trainval": lists["train"] + lists["val"], "trainaug": aug}
+            write(voc / "SegmentationClass" / f"{name}.png", mask)
+    listings = voc / "ImageSets" / "Segmentation"
+    listings.mkdir(parents=True)
     for part, names in lists.items():
-        (voc / "ImageSets" / "Segmentation" / f"{part}.txt").write_text("\n".join(names) + "\n")
+        (listings / f"{part}.txt").write_text("\n".join(names) + "\n")
     return tmp_path / "VOC"
 
 
@@ -144,25 +119,20 @@ def cityscapes_tree(tmp_path):
 
     In each image 128 pixels of road are painted like a car; so is the bonnet, which is ignored.
     """
-    root = tmp_path / "Cityscapes"
-    for part, stems in {"train": ["aachen_000000_000019", "aachen_000001_000019",
-                                  "bochum_000000_000313"],
-                        "val": ["frankfurt_000000_000294", "munster_000000_000019"]}.items():
-        for stem in stems:
-            city = stem.split("_")[0]
-            labels = np.full((32, 64), 7, dtype=np.uint8)
-            labels[8:24, 0:16], labels[24:] = 26, 1
-            shown = np.where(labels == 7, 0, 13).astype(np.uint8)        # train ids of road and car
-            shown[:8, 48:64] = 13
-            for folder, name, picture in (
-                    ("leftImg8bit", "leftImg8bit", paint(shown, class_colours(CITYSCAPES))),
-                    ("gtFine", "gtFine_labelIds", labels),
-                    ("gtFine", "gtFine_color", paint(shown, class_colours(CITYSCAPES))),
-                    ("gtFine", "gtFine_instanceIds", labels.astype(np.uint16))):
-                path = root / folder / part / city / f"{stem}_{name}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(picture).save(path)
-    return root
+    labels = np.full((32, 64), 7, dtype=np.uint8)
+    labels[8:24, 0:16], labels[24:] = 26, 1
+    shown = np.where(labels == 7, 0, 13)                             # train ids of road and car
+    shown[:8, 48:64] = 13
+    picture = np.array(class_colours(CITYSCAPES), dtype=np.uint8)[shown]
+    for stem in ("train/aachen/aachen_000000_000019", "train/aachen/aachen_000001_000019",
+                 "train/bochum/bochum_000000_000313", "val/munster/munster_000000_000019",
+                 "val/frankfurt/frankfurt_000000_000294"):
+        for folder, name, array in (("leftImg8bit", "leftImg8bit", picture),
+                                    ("gtFine", "gtFine_labelIds", labels),
+                                    ("gtFine", "gtFine_color", picture),
+                                    ("gtFine", "gtFine_instanceIds", labels.astype(np.uint16))):
+            write(tmp_path / "Cityscapes" / folder / f"{stem}_{name}.png", array)
+    return tmp_path / "Cityscapes"
 
 
 def nearest_colour(class_names, *known):

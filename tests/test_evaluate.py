@@ -215,7 +215,7 @@ def test_two_images_of_one_name_get_two_masks_and_classes_without_names_get_colo
                                                                                    tmp_path):
     Image.new("RGB", (20, 30), "white").save(photos / "a.png")
     out = tmp_path / "masks"
-    for model in (network(), wrap(network())):
+    for model in (network(), wrap(network()), wrap(network(), 2)):               # 2 of 3 named
         assert write_masks(model, photos, out, (32, 48), "cpu") == 3
         written = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.*"))
         assert written == ["a.jpg.png", "a.png.png", "deeper/b.png.png"]
