@@ -157,7 +157,7 @@ def main(argv=None):
     from support.records import by_name
     cfg = parse(Config, argv, "Score a checkpoint on labelled data, or write masks for a folder.")
     device = pick_device(cfg.device)
-    model = load_model(cfg.checkpoint, cfg.model, cfg.num_classes).to(device)
+    model = load_model(cfg.checkpoint, cfg.model).to(device)
     size = cfg.image_size or model.image_size
     if size is None:
         raise ValueError(f"{cfg.checkpoint} does not say its image size; give --image-size")

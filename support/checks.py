@@ -26,8 +26,9 @@ def check_teacher(teacher, layers, images):
                     for m in layers.values())
     if untouched or torch.equal(logits[0], logits[1]):
         raise ValueError("the teacher looks untrained: were its weights loaded?")
-    if logits.min() >= 0 and (logits.sum(dim=1) - 1).abs().max() < 1e-3:
-        print("warning: the teacher's outputs look like probabilities (softmax); expected logits")
+    if logits.min() >= 0 and logits.max() <= 1:
+        print("warning: the teacher's outputs look like probabilities (softmax or sigmoid); "
+              "expected logits")
     return logits
 
 

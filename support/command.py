@@ -6,6 +6,7 @@ Use it
 
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -17,8 +18,8 @@ from support import checkpoint, figures, records
 from support.checks import describe_fit
 from support.data import Pool
 from support.images import drop_copies, find_images, hold_out
-from support.networks import load_network
 from support.labelled import DATASETS, Labels, check_labels, labels, open_labelled
+from support.networks import load_network
 from support.options import Running, option, pick_device, pick_workers
 from support.records import by_name
 
@@ -47,21 +48,26 @@ def load_teacher(cfg):
     if cfg.teacher_weights:
         model = build_model(cfg.teacher_model, weights=cfg.teacher_weights)
     elif cfg.teacher or cfg.teacher_model:
-        model = checkpoint.load_model(cfg.teacher, cfg.teacher_model, cfg.num_classes)
+        model = checkpoint.load_model(cfg.teacher, cfg.teacher_model)
     else:
         raise ValueError("no teacher: give --teacher, or --teacher-model and --teacher-weights")
-    model.image_size = cfg.image_size or model.image_size or DATASETS[cfg.dataset][1]
+    if not cfg.image_size and not model.image_size:
+        model.image_size = DATASETS[cfg.dataset][1]
+        print("the teacher does not say its image size: {}x{} is used; BatchNorm statistics depend "
+              "on it, name another by --image-size".format(*model.image_size))
+    model.image_size = cfg.image_size or model.image_size
     return freeze(model).to(pick_device(cfg.device), memory_format=torch.channels_last)
 
 
 def build_student(cfg, teacher):
     """Return the student that `cfg` names, with the teacher's classes and normalisation."""
     torch.manual_seed(cfg.seed)
-    student = load_network(
-        cfg.student_model, teacher.num_classes, class_names=teacher.class_names,
-        weights_backbone="DEFAULT" if cfg.student_weights == "imagenet" else None,
-        mean=teacher.mean.flatten().tolist(), std=teacher.std.flatten().tolist(),
-        image_size=teacher.image_size)
+    if cfg.student_weights == "imagenet":                # these weights expect ImageNet's
+        how = {"weights_backbone": "DEFAULT"}
+    else:
+        how = {"mean": teacher.mean.flatten().tolist(), "std": teacher.std.flatten().tolist()}
+    student = load_network(cfg.student_model, teacher.num_classes, class_names=teacher.class_names,
+                           image_size=teacher.image_size, **how)
     return student.to(teacher.mean.device)
 
 
@@ -76,6 +82,9 @@ def open_inputs(cfg, out=None):
         raise ValueError("--dataset is missing; say which labels there are, or none")
     if not cfg.pool:
         raise ValueError("--pool is missing; name a folder of unlabelled photos")
+    if out and Path(cfg.pool).resolve() in out.resolve().parents:
+        raise ValueError(f"--out {out} lies in the pool, which its figures would join; name "
+                         "another folder")
     teacher, files = load_teacher(cfg), find_images(cfg.pool)
     size = teacher.image_size
     if cfg.dataset == "none":
@@ -84,8 +93,8 @@ def open_inputs(cfg, out=None):
         if not held_out:
             raise ValueError(f"no image held out for agreement can be read, such as {others[0]}")
     else:
-        labelled = open_labelled(cfg.dataset, cfg.data_root, cfg.split, size, teacher.num_classes,
-                                 cfg.download)
+        labelled = open_labelled(cfg.dataset, cfg.data_root, cfg.split, size,
+                                 cfg.num_classes or teacher.num_classes, cfg.download)
         check_labels(labelled, teacher.class_names)   # a bad one is found before hours of training
         others = labelled.images
         workers = pick_workers(cfg.workers, teacher.mean.device)

@@ -227,6 +227,9 @@ def check_labels(data, names=None, most=2000):
     """
     ours, theirs = ([name.strip("_").lower() for name in x]
                     for x in (data.class_names, names or data.class_names))
+    if len(ours) > len(theirs):
+        raise ValueError(f"the labels have {len(ours)} classes, but the network has {len(theirs)}; "
+                         "take a network with as many or more")
     if ours != theirs[:len(ours)] and "class 0" not in (ours[0], theirs[0]):
         print(f"warning: the labels' classes are {', '.join(ours)}, the network's "
               f"{', '.join(theirs)}; an IoU compares those at the same place")

@@ -34,15 +34,17 @@ def load_file(spec):
     """Run a Python file; return the network of a function in it, wrapped and in eval mode.
 
     spec: path/to/file.py:function. The network's answer to an empty image tells its classes.
-    Raises FileNotFoundError, or ValueError with what went wrong in the file (KeyError: it has no
-    such function).
+    Raises FileNotFoundError, or ValueError with what went wrong in the file.
     """
     path, _, function = spec.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file():
         raise FileNotFoundError(f"there is no Python file {path!r}; expected file.py:function")
     sys.path.append(str(Path(path).resolve().parent))            # the file may import neighbours
     try:
-        model = wrap(runpy.run_path(path)[function]()).cpu().eval()
+        names = runpy.run_path(path)
+        if function not in names:
+            raise NameError(f"there is no function {function!r} in it")
+        model = wrap(names[function]()).cpu().eval()
         with torch.no_grad():
             K = model(torch.zeros(1, 3, *(model.image_size or (256, 256)))).shape[1]
     except Exception as error:                                   # of any kind: the code is not ours

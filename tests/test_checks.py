@@ -126,9 +126,9 @@ def test_a_rehearsed_step_is_one_of_training_and_leaves_the_student_as_it_was(ch
 def test_a_teacher_that_returns_probabilities_is_warned_of(check, capsys):
     check(teacher=network())
     assert capsys.readouterr().out == ""
-    check(teacher=Returns(lambda self, logits: logits.softmax(dim=1)).eval())
-    assert "warning: the teacher's outputs look like probabilities (softmax)" in capsys.readouterr(
-        ).out
+    for probabilities in (lambda self, x: x.softmax(dim=1), lambda self, x: x.sigmoid()):
+        check(teacher=Returns(probabilities).eval())
+        assert "look like probabilities (softmax or sigmoid)" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- does the pool fit the teacher?

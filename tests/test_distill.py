@@ -23,7 +23,7 @@ from torch import nn
 import distill
 import evaluate
 import train_teacher
-from models import build_model
+from models import SegmentationModel, build_model
 from support import checkpoint, command, scenes, scoring
 from support.images import read_csv
 from support.options import one_sentence
@@ -323,14 +323,40 @@ def test_photos_that_are_evaluated_on_or_cannot_be_read_are_left_out_and_named(
     assert len(names) == 39 and names.isdisjoint({"sneaked in.png", "00.png", "cut.png"})
 
 
+def test_a_teacher_of_unknown_size_and_more_outputs_than_labels_is_used_and_its_size_said(
+        world, tmp_path, capsys):
+    teacher = with_random_statistics(build_model("resnet_tiny", 9))
+    checkpoint.save_model(teacher, tmp_path / "t.pt")
+    metrics = run(world, "--teacher", tmp_path / "t.pt", "--steps", 1, out=tmp_path / "a")
+    said = capsys.readouterr().out
+    assert "does not say its image size: 256x256 is used" in said and "--image-size" in said
+    assert len(metrics["iou"]["agreement"]) == 9 and 0 <= metrics["teacher_miou"] <= 1
+
+
+def test_pretrained_students_keep_imagenets_normalisation(monkeypatch):
+    asked = []
+
+    def load(*_, **how):
+        asked.append(how)
+        return nn.Identity()
+
+    monkeypatch.setattr(command, "load_network", load)
+    teacher = SegmentationModel(nn.Identity(), "own", 3, (0, 0, 0), (1, 1, 1))
+    for weights_of in ("none", "imagenet"):
+        command.build_student(distill.Config(student_weights=weights_of), teacher)
+    assert asked[0]["mean"] == [0, 0, 0] and "mean" not in asked[1]
+    assert asked[1]["weights_backbone"] == "DEFAULT"
+
+
 # ---------------------------------------------------------------- what is wrong is said
 
 BAD_INPUTS = [
     ("--pool nowhere", "there is no folder nowhere"), ("--pool ", "--pool is missing"),
     ("--budget 41", "budget is 41, but the pool has 40"),
-    ("--teacher five.pt", "resnet_tiny has 5 classes, expected 8"),
+    ("--teacher five.pt", "the labels have 8 classes, but the network has 5"),
     ("--layers encoder", "no BatchNorm layer matches 'encoder'"), ("--metric l1", "invalid choice"),
     ("--teacher-temperature 0", "at least 0.01; got 0"), ("--out full", "is not empty"),
+    ("--pool full --out full/runs", "lies in the pool"),
     ("--dataset scenes --data-root ", "--dataset is missing"),
     ("--dataset none --pool dark", "no image held out for agreement can be read, such as dark"),
     ("--device cuda:99", "torch cannot compute on --device cuda:99"),

@@ -84,7 +84,7 @@ def test_a_student_of_a_file_takes_the_teachers_names_and_size_but_not_its_norma
 
 
 @pytest.mark.parametrize(("function", "message"), [
-    ("unett", r"nets\.py:unett failed: KeyError: 'unett'"),
+    ("unett", r"nets\.py:unett failed: NameError: there is no function 'unett'"),
     ("text", r"nets\.py:text failed: TypeError: 'str' object is not callable"),
     ("tuples", r"nets\.py:tuples failed: .*must return logits .*got tuple"),
     ("broken", r"nets\.py:broken failed: KeyError: .*weights"),
