@@ -3,7 +3,7 @@
 Idea
     Without photos, images must be synthesised: optimised until they match the teacher's statistics
     (`deepinversion`), or made by a generator that is trained against the student (`dfad`). Tiles
-    answer another question: a photo cut into tiles in random order has the same pixels and
+    are for another question: a photo cut into tiles in random order has the same pixels and
     textures, but no scene.
 
 Equation

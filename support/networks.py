@@ -33,7 +33,7 @@ PLACES = ("model", "state_dict", "model_state_dict", "ema")      # where others 
 def load_file(spec):
     """Run a Python file; return the network of a function in it, wrapped and in eval mode.
 
-    spec: path/to/file.py:function. The network's answer to an empty image tells its classes.
+    spec: path/to/file.py:function. Its output for an empty image gives the number of classes.
     Raises FileNotFoundError, or ValueError with what went wrong in the file.
     """
     path, _, function = spec.rpartition(":")
