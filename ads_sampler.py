@@ -27,7 +27,7 @@ Symbols
 Worked example (the training data lie around 0; the demo prints it, a test asserts it)
     pool x   = -3   2  nan   1  -2   1
     d = |x|  =  3   2  nan   1   2   1        budget 3
-    selected = images 3, 5, 1                 x = 2 comes before x = -2; nan is never selected
+    selected = images 3, 5, 1 (from 0)        x = 2 comes before x = -2; nan is never selected
     their x  = 1, 1, 2, mean 1.33             each one is near 0, but all lie on the same side
 
 Use it
@@ -98,7 +98,8 @@ def demo():
     scores = {"nearest": pool.norm(dim=1),
               "random": torch.rand(3000, generator=generator),
               "confidence": -pool[:, 0].abs().sigmoid()}
-    print("300 of 3,000 points by       mean   variance   median distance to 0    (of both axes)")
+    print("300 of 3,000 points by       mean   variance   median distance to 0\n"
+          "(mean and variance: average over both axes)")
     print("training data (the aim)      0.00       1.00       1.18")       # a normal in 2-D
     for rule, score in scores.items():
         points = pool[sample(score, 300)]                              # (300, 2)

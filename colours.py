@@ -6,7 +6,7 @@ Picture
     the evening photos. Every edge stays where it is.
 
 Idea
-    Only linear filters lie between the image and the first BatchNorm layer of a network. Therefore
+    In most networks, only linear filters lie between the image and the first BatchNorm layer. Then
     the running statistics of this layer reveal the mean and contrast of the training images'
     colours. One 3x3 matrix and one offset per photo then give the photo this mean and contrast.
 
@@ -94,8 +94,9 @@ def colour_target(response, mean_bn, var_bn, size):
     response: maps images (n, 3, H, W) in [0, 1] to the spatial mean (n, C) of the input of the
     network's first BatchNorm layer. Only linear filters may lie in between.
     mean_bn, var_bn: the layer's running mean and variance, (C,). size: (H, W) of these images.
-    Exact for 1x1 filters and a correlation of 0.95. Approximate for larger filters, which respond
-    to a neighbourhood: it is taken to have one colour. ValueError if no filter sees brightness.
+    Exact for 1x1 filters and a covariance of the form v R. Approximate for larger filters: the
+    neighbourhood that they see is taken to have one colour. ValueError for a response that is the
+    same for all colours.
     """
     # Grey, then grey with 0.2 more of red, green and blue.
     colours = 0.5 + 0.2 * torch.cat([torch.zeros(1, 3), torch.eye(3)]).to(mean_bn)          # (4, 3)
@@ -103,8 +104,8 @@ def colour_target(response, mean_bn, var_bn, size):
     A = (outputs[1:] - outputs[0]).T / 0.2                                                  # (C, 3)
     s = var_bn.clamp_min(1e-12).sqrt()                # (C,); a dead channel has variance 0
 
-    # pinv, not lstsq: filters that see brightness alone leave two directions of colour open.
-    # They then stay grey; lstsq would fill them with amplified rounding errors.
+    # pinv, not lstsq: filters that see brightness alone determine only the brightness of the mean.
+    # With pinv the mean is then grey; with lstsq its hue would be amplified rounding errors.
     inverse = torch.linalg.pinv((A / s[:, None]).double(), rtol=1e-5)                       # (3, C)
     mean = 0.5 + inverse @ ((mean_bn - outputs[0]) / s).double()                            # (3,)
 
@@ -119,7 +120,7 @@ def colour_target(response, mean_bn, var_bn, size):
 
 
 def demo():
-    """Print the worked example, a photo matched to a training set, and one that is misjudged."""
+    """Print the worked example, then a photo matched to two training sets, the second misjudged."""
     image = torch.tensor([0.5, 0.7]).view(1, 1, 1, 2).expand(1, 3, 1, 2)
     maps = transfer(image, torch.full((3,), 0.4), torch.full((3, 3), 0.04), floor=1e-9)
     print("Worked example:", [round(v, 3) for v in apply_colours(image, maps)[0, 0, 0].tolist()])

@@ -15,8 +15,8 @@ Equation
     channelwise  T^2 mean over k of sum over pixels of t log(t / s),  s, t = softmax_hw(logits / T)
 
     Both logits must have the same shape; resize one of them beforehand. The loss of an image does
-    not depend on the rest of its batch. pixelwise does not grow with the crop; channelwise has an
-    upper limit that does, T^2 ln(H W).
+    not depend on the rest of its batch. pixelwise does not grow with the crop. channelwise does: it
+    is T^2 (ln(H W) - entropy of t) for a student whose map of a class is constant.
 
 Paper
     The KD loss of DFSS (Sun & Wu, arXiv 2512.13175) is not public; the sum of both is our default.
@@ -93,8 +93,7 @@ def channelwise_kd(student_logits, teacher_logits, temperature=4.0):
 
     The softmax over the H W logits of a class says where the class is. Small classes count as much
     as large ones, and a constant added to all logits of a class has no effect. In nats, >= 0.
-    Upsampling by repetition does not change the value. A student with a constant map reaches the
-    upper limit, T^2 ln(H W). Errors: see `pixelwise_kd`.
+    Upsampling by repetition does not change the value. Errors: see `pixelwise_kd`.
     Formula: Shu et al.
     """
     s, t = check_and_cast(student_logits, teacher_logits)
