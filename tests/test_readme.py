@@ -26,8 +26,7 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 PROGRAMS = {"distill.py": "distill", "train_teacher.py": "train_teacher", "export.py": "export",
             "evaluate.py": "evaluate", "support.scoring": "support.scoring",
             **{name: name for name in ("experiments.compare", "experiments.benchmark",
-                                       "experiments.generators", "experiments.baselines",
-                                       "experiments.build_pool")}}
+                                       "experiments.generators", "experiments.baselines")}}
 
 
 def module(program):

@@ -172,10 +172,12 @@ def test_the_teachers_table_has_the_records_numbers():
 
 
 def test_the_pools_have_the_sizes_that_the_page_prints():
-    kinds = [row["file"].split("/")[0] for row in csv.DictReader((RESULTS / "pool.csv").open())]
+    rows = list(csv.DictReader((RESULTS / "pool.csv").open()))
+    assert len({(row["data set"], row["name there"]) for row in rows}) == len(rows)
+    kinds = [row["file"].split("/")[0] for row in rows]
     counts = [kinds.count(kind) for kind in ("street", "photos", "imagenet", "berkeley", "nature")]
     assert [f"{n:,}" for n in (len(kinds), *counts)] == re.findall(r"[\d,]+\d", PAGE[PAGE.index(
-        "makes the pool of"):])[:6]
+        "The pool has"):])[:6]
     for name, size in (("facades", "2,667"), ("gpu/camvid_full", "1,728")):
         runs_of = tables.read(RESULTS / f"{name}.json")["runs"]
         assert f"{runs_of[0]['pool_images']:,}" == size and size in PAGE
