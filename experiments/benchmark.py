@@ -41,25 +41,23 @@ from support.teacher_cache import TeacherCache, comparison_size
 class Config(Options):
     repeats: int = option(7, "repetitions of each measurement, after one to warm up", min=2)
     quick: bool = option(False, "tiny sizes, to see that it works")
-    device: str = option("auto", "where to measure", ("auto", "cpu", "cuda"))
+    device: str = option("auto", "cpu, cuda or auto")
     out: str = option("results", "folder for the record, benchmark_cpu.json", metavar="FOLDER")
 
 
-def gpu_time():
-    torch.cuda.synchronize()
-    return perf_counter()
+def seconds(call, device):
+    """Return the processor time of a call on a CPU, or its wall time until the GPU has finished."""
+    clock = process_time if device.type == "cpu" else perf_counter
+    start = clock()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return clock() - start
 
 
 def ratio(floor, call, repeats, device):
     """Return the quartiles of the time of `call` divided by that of `floor`; they take turns."""
-    clock = process_time if device.type == "cpu" else gpu_time
-    times = []
-    for _ in range(repeats + 1):
-        start = clock()
-        floor()
-        middle = clock()
-        call()
-        times.append((middle - start, clock() - middle))
+    times = [(seconds(floor, device), seconds(call, device)) for _ in range(repeats + 1)]
     times = np.array(times[1:])                                     # the first one warms up
     low, median, high = np.quantile(times[:, 1] / times[:, 0], (0.25, 0.5, 0.75)).tolist()
     return {"median": median, "quartiles": [low, high], "seconds": np.median(times, 0).tolist()}
@@ -140,12 +138,11 @@ def main(argv=None):
         size, steps, count = (2, 3, 32, 48), 5, 1000
     rows = [memory(count)]
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(None):
-        files = [Path(folder, f"{i}.jpg") for i in range(size[0])]
-        for i, file in enumerate(files):
-            Image.effect_mandelbrot((640, 480), (-2, -1, 1, 1 + i / 100), 50).save(file)
-        for what, name, target, floor, call in measurements(files, size, steps, device):
-            times = ratio(floor, call, cfg.repeats, device)
-            rows.append({"what": what, "floor": name, "target": target, **times})
+        file = Path(folder, "photo.jpg")
+        Image.effect_mandelbrot((640, 480), (-2, -1, 1, 1), 50).save(file)
+        for what, name, target, *calls in measurements([file] * size[0], size, steps, device):
+            rows.append({"what": what, "floor": name, "target": target,
+                         **ratio(*calls, cfg.repeats, device)})
     record = {"environment": environment(device), "repeats": cfg.repeats, "rows": rows}
     save_json(record, Path(cfg.out) / f"benchmark_{device.type}.json")
     print(table(record))
