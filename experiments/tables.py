@@ -17,7 +17,6 @@ Use it
 
 import json
 import re
-from collections import Counter
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -42,15 +41,9 @@ def by_row(record):
     return rows
 
 
-def split_name(row):
-    """Return ("name", "50 files, 600 updates") of a row of a series, (row, "") of any other row."""
-    name, sizes = re.fullmatch(r"(.+?)((?:, (?:\d+|all) (?:files|updates))*)", row).groups()
-    return name, sizes.removeprefix(", ")
-
-
-def matching_row(row, rows, name):
-    """Return the row of this name that has the same size as `row`, or no size; None without one."""
-    return next((x for x in (f"{name}, {split_name(row)[1]}", name) if x in rows), None)
+def size_of(row):
+    """Return "50 files, 600 updates" of a row of a series, "" of any other row."""
+    return re.search(r"(, (\d+|all) (files|updates))*$", row).group().removeprefix(", ")
 
 
 def values(rows, expression, key="student_miou"):
@@ -105,22 +98,18 @@ def table(record, pattern="", columns=""):
     """
     rows, lines = by_row(record), []
     shown = [row for row in rows if re.search(pattern, row)]
+    sizes = {row: size_of(row) for row in shown}
     for row in shown:
-        first = next(other for other in shown if split_name(other)[1] == split_name(row)[1])
-        original = matching_row(row, rows, ORIGINAL)
-        miou, run = values(rows, row), next(iter(rows[row].values()))
+        first = next(other for other in shown if sizes[other] == sizes[row])
+        original = next((x for x in (f"{ORIGINAL}, {sizes[row]}", ORIGINAL) if x in rows), None)
         averages = (values(rows, f"{row} / {original}") if original else [],
                     values(rows, row, "agreement_miou"), cpu_seconds(rows[row]))
-        selected = Counter(run.get("selected", run.get("picks"))).most_common(5)
-        lines.append([
-            f"{row} ({len(miou)})",
-            interval(miou, ""),
-            interval(values(rows, f"{row} - {first}")) if row != first else "",
-            *(f"{mean(numbers):.0f}" if numbers else "" for numbers in averages),
-            ", ".join(f"{kind} {count}" for kind, count in selected)])
-    of_size = " of its size" if len({split_name(row)[1] for row in shown}) > 1 else ""
+        lines.append([f"{row} ({len(rows[row])})", interval(values(rows, row), ""),
+                      interval(values(rows, f"{row} - {first}")) if row != first else "",
+                      *(f"{mean(numbers):.0f}" if numbers else "" for numbers in averages)])
+    of_size = " of its size" if len(set(sizes.values())) > 1 else ""
     header = ["row (seeds)", "mIoU, %", f"minus the first row{of_size}", "retention, %",
-              "agreement, %", "CPU s", "selected"]
+              "agreement, %", "CPU s"]
     return markdown(header, lines, columns)
 
 

@@ -114,13 +114,6 @@ def test_an_interrupted_run_is_resumed_and_a_failed_one_is_quoted(tmp_path, monk
                      ["--steps", "5", "--out", str(tmp_path), "--resume"]]
 
 
-def test_selected_images_are_counted_by_folder_or_as_they_were_drawn(tmp_path):
-    (tmp_path / "chosen.csv").write_text("file\na/sea/1.png\nb/sea/2.png\na/hills/1.png\n")
-    assert compare.count_selected(tmp_path, tmp_path / "pool") == {"sea": 2, "hills": 1}
-    (tmp_path / "pool_kinds.csv").write_text("file,kind\n1.png,sky\n2.png,toys\n")
-    assert compare.count_selected(tmp_path, tmp_path / "pool") == {"sky": 2, "toys": 1}
-
-
 # ---------------------------------------------------------------- the whole
 
 @pytest.fixture
@@ -150,7 +143,7 @@ def test_a_record_holds_runs_extra_splits_and_selected_images(tmp_path, pool_fol
     assert [(run["row"], run["seed"]) for run in record["runs"]] == [("random", 0), ("random", 1)]
     for run in record["runs"]:
         assert run["options"] == "--sampling random --schedule uniform" and "config" not in run
-        assert run["selected"] == {"pool": 5} and run["updates"] == 2
+        assert run["updates"] == 2
         assert run["processor_seconds"]["pool"] == 7
         student = f"{tmp_path}/runs/random-s{run['seed']}/student.pt"
         assert run["splits"] == {split: evaluate.main([

@@ -81,13 +81,10 @@ def test_files_are_laid_out_as_promised_and_an_interrupted_run_is_redone(tmp_pat
              for split, count in (("train", 3), ("val", 2)) for i in range(count)
              for folder, picture in zip(("images", "labels"),
                                         scenes.street_scene(0, split, i, (24, 36)), strict=True)}
-    pool = {f"{i:04d}.png": scenes.pool_image(0, i, (24, 36)) for i in range(4)}
-    files |= {f"pool/{name}": image for name, (image, _) in pool.items()}
+    files |= {f"pool/{i:04d}.png": scenes.pool_image(0, i, (24, 36))[0] for i in range(4)}
     assert len(list(tmp_path.rglob("*.png"))) == len(files) == 14
     assert all(Image.open(tmp_path / name).tobytes() == image.tobytes()
                for name, image in files.items())
-    assert (tmp_path / "pool_kinds.csv").read_text().splitlines() == [
-        "file,kind", *(f"{name},{kind}" for name, (_, kind) in pool.items())]
     (tmp_path / "pool/0000.png").unlink()
     scenes.write_scenes(tmp_path, **sizes)    # complete: returns at once, writes nothing
     assert not (tmp_path / "pool/0000.png").exists()
