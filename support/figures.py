@@ -82,15 +82,15 @@ def pool_figure(result, size, sampling, path):
 
 
 @torch.inference_mode()
-def examples(held_out, models, predict, count=5):
+def examples(held_out, models, predict):
     """Return {"Input": [RGB array, ...], "Truth": [classes (H, W), ...], a name of models: ...}.
 
-    held_out: a DataLoader of (images, labels), or a list of (images, None); `count` are drawn,
-    evenly spread. predict: from model, images, size to classes (B, h, w).
+    held_out: a DataLoader of (images, labels), or a list of (images, None); five are drawn, evenly
+    spread. predict: from model, images, size to classes (B, h, w).
     """
     items = getattr(held_out, "dataset", held_out)
     rows = {name: [] for name in ("Input", "Truth", *models)}
-    for i in np.unique(np.linspace(0, len(items) - 1, count + 2).astype(int)[1:-1]):
+    for i in np.unique(np.linspace(0, len(items) - 1, 7).astype(int)[1:-1]):
         image, target = items[i]
         image = image.reshape(1, *image.shape[-3:])                              # (1, 3, h, w)
         size = image.shape[-2:] if target is None else target.shape[-2:]

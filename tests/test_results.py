@@ -90,7 +90,7 @@ def test_each_teacher_counts_once(tmp_path):
     turned = cells(tables.teachers(paths, expressions, transposed=True))
     assert turned[3] == ["gain", *(line[2] for line in expected[2:])]
     with pytest.raises(ValueError, match="expected 2 to 10 records, one per teacher; got 1"):
-        tables.teachers(paths[:1])
+        tables.teachers(paths[:1], expressions)
 
 
 # ---------------------------------------------------------------- the pages
