@@ -53,17 +53,6 @@ def test_these_programs_on_a_gpu():
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.skipif(bool(DEVICE), reason="this process does not hide the device")
-def test_all_other_tests_compute_on_the_cpu_where_there_is_a_gpu(tmp_path):
-    (tmp_path / "gpu.py").write_text(                             # a GPU, if it is not hidden
-        "import os, torch\n"
-        "torch.cuda.is_available = lambda: os.environ.get('CUDA_VISIBLE_DEVICES') != ''\n")
-    done = started("-m", "pytest", "-q", "-p", "gpu", "tests/test_options.py", "-k",
-                   "compute_on_the_cpu", CUDA_VISIBLE_DEVICES="0",
-                   PYTHONPATH=f"{REPOSITORY}{os.pathsep}{tmp_path}")
-    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
-
-
 def test_formulas_stay_on_the_device_of_their_inputs():
     """Fake tensors have a shape and a device, but no values. To mix devices is an error."""
     with FakeTensorMode():
@@ -102,7 +91,6 @@ def test_the_default_run_in_mixed_precision(tmp_path, monkeypatch, amp):
                            f"{DEVICE} --amp {amp}".split())
     assert metrics["environment"]["precision"] == f"torch.{amp}"
     assert metrics["environment"]["device"].endswith("CPU") == (DEVICE == "cpu")
-    assert all(0 <= metrics[f"{name}_miou"] <= 1 for name in ("teacher", "student", "agreement"))
     first, last = read_csv(tmp_path / "runs/001/curve.csv")[1:]
     assert 0 < float(last[1]) < float(first[1])
     assert all(x.isfinite().all() and x.dtype in (torch.float32, torch.int64)
