@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from conftest import with_random_statistics
 from PIL import Image
 
 from bn_stats import bn_distance, bn_layers, capture_bn_inputs, image_distances
 from experiments import baselines, generators
-from models import build_model, freeze
+from models import freeze
 from support import checkpoint
 from support.checkpoint import fingerprint
 from support.data import Pool
@@ -19,16 +18,15 @@ SIZE = (32, 48)
 
 
 @pytest.fixture
-def teacher():
+def teacher(world):
     torch.manual_seed(1)
-    return freeze(with_random_statistics(build_model("resnet_tiny", 5, image_size=SIZE)))
+    return freeze(checkpoint.load_model(world / "teacher.pt"))
 
 
 @pytest.fixture
-def words(teacher, tmp_path):
+def words(world):
     """Return the options of both programs that name a file with this teacher."""
-    checkpoint.save_model(teacher, tmp_path / "teacher.pt")
-    return f"--teacher {tmp_path}/teacher.pt --device cpu "
+    return f"--teacher {world}/teacher.pt --device cpu "
 
 
 def pictures(files):
@@ -98,9 +96,8 @@ def test_the_program_lists_the_selected_ones_of_the_readable_images(teacher, wor
     readable = [file for file in hold_out(find_images(pool_folder))[0] if file.name != "01.png"]
     with torch.no_grad(), capture_bn_inputs(teacher) as captured:
         entropies = baselines.mean_entropy(teacher(pictures(readable) / 255))
-    last = list(captured)[-1]
     expected = {"entropy": entropies.argsort(descending=True)[:5],
-                "k-centre": baselines.k_centre(captured[last][0], 5),
+                "k-centre": baselines.k_centre([*captured.values()][-1][0], 5),
                 "herding": baselines.herding(captured, bn_layers(teacher), 5)}[method]
     assert files == [readable[i] for i in expected]
     with pytest.raises(ValueError, match="budget must be between 1 and 27"):
@@ -117,13 +114,7 @@ def test_the_bn_loss_is_that_of_all_pixels_of_a_batch_with_the_first_layer_ten_t
                                d.sum() + 9 * d[0])
 
 
-def test_deepinversion_brings_noise_nearer_to_the_statistics(pool_folder):
-    torch.manual_seed(1)
-    teacher = build_model("resnet_tiny", 5, image_size=SIZE)
-    for layer in bn_layers(teacher).values():
-        layer.momentum = 1                              # its statistics are those of the pictures
-    teacher.train()(pictures(find_images(pool_folder)) / 255)
-    freeze(teacher)
+def test_deepinversion_brings_noise_nearer_to_the_statistics(teacher):
     noise, before = torch.rand(4, 3, *SIZE), fingerprint(teacher)
     images = generators.deepinversion(teacher, noise, steps=60)
     assert distance_of_set(teacher, images).sum() < 0.8 * distance_of_set(teacher, noise).sum()
