@@ -77,14 +77,13 @@ def memory(count):
             "target": 1.05, "median": peaks[1] / peaks[0], "quartiles": [peaks[1] / peaks[0]] * 2}
 
 
-def measurements(files, size, steps, device):
-    """Yield (what, name of the floor, target, floor, call) of each step; size: (B, 3, H, W)."""
-    (B, _, H, W), amp, images = size, pick_amp("auto", device), torch.rand(size, device=device)
-    teacher = build_model("resnet_small", 21).to(device, memory_format=torch.channels_last)
-    teacher.train()(images)                              # one that looks untrained is refused
-    freeze(teacher)
-    student, pool = build_model("resnet_tiny", 21).to(device), Pool(files, (H, W))
+def measurements(teacher, images, file, steps):
+    """Yield (what, name of the floor, target, floor, call) of each step; images: (B, 3, H, W)."""
+    (B, _, H, W), device, files = images.shape, images.device, [file] * len(images)
+    pool = Pool(files, (H, W))
+    student = build_model("resnet_tiny", 21).to(device)
     optimizer = torch.optim.AdamW(student.parameters(), 1e-4, fused=True)
+    amp = pick_amp("auto", device)
     autocast = partial(torch.autocast, device.type, amp, enabled=amp is not None)
     cfg = distill.Config(budget=0, batch_size=B, views=24, steps=10 ** 6)
     logit_size = comparison_size(teacher, student, (H, W))
@@ -137,10 +136,14 @@ def main(argv=None):
     if cfg.quick:
         size, steps, count = (2, 3, 32, 48), 5, 1000
     rows = [memory(count)]
+    images = torch.rand(size, device=device)
+    teacher = build_model("resnet_small", 21).to(device, memory_format=torch.channels_last)
+    teacher.train()(images)                              # one that looks untrained is refused
+    freeze(teacher)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(None):
         file = Path(folder, "photo.jpg")
         Image.effect_mandelbrot((640, 480), (-2, -1, 1, 1), 50).save(file)
-        for what, name, target, *calls in measurements([file] * size[0], size, steps, device):
+        for what, name, target, *calls in measurements(teacher, images, file, steps):
             rows.append({"what": what, "floor": name, "target": target,
                          **ratio(*calls, cfg.repeats, device)})
     record = {"environment": environment(device), "repeats": cfg.repeats, "rows": rows}
