@@ -15,7 +15,7 @@ Use it
 
 import resource
 import tempfile
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -70,40 +70,28 @@ def memory(count):
     """
     teacher, peaks = freeze(build_model("resnet_tiny", 21)), []
     for n in (count // 10, count):
-        score_pool(lambda images: image_distances(teacher, images),
-                   (torch.rand(50, 3, 16, 16) for _ in range(n // 50)))
+        batches = (torch.rand(50, 3, 16, 16) for _ in range(n // 50))
+        score_pool(partial(image_distances, teacher), batches)
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)        # it never falls
     return {"what": f"peak memory of scoring {count:,} images", "floor": f"{count // 10:,}",
             "target": 1.05, "median": peaks[1] / peaks[0], "quartiles": [peaks[1] / peaks[0]] * 2}
 
 
-def network(name, size, device):
-    """Return a frozen network, with the BatchNorm statistics of noise, and a batch for it."""
-    model, images = build_model(name, 21), torch.rand(size)
-    model.train()(images[:2])
-    return freeze(model).to(device, memory_format=torch.channels_last), images.to(device)
-
-
-@torch.no_grad()
-def bare_passes(model, images, passes=1, context=nullcontext):
-    with context():
-        for _ in range(passes):
-            model(images)
-
-
-def training(files, size, steps, device):
-    """Yield (what, name of the floor, target, floor, call) of training steps and of caching."""
-    (batch, _, h, w), views, amp = size, 24, pick_amp("auto", device)
-    teacher, images = network("resnet_small", size, device)
+def measurements(teacher, images, file, steps):
+    """Yield (what, name of the floor, target, floor, call) of each step; images: (B, 3, H, W)."""
+    (B, _, H, W), device, files = images.shape, images.device, [file] * len(images)
+    pool = Pool(files, (H, W))
     student = build_model("resnet_tiny", 21).to(device)
     optimizer = torch.optim.AdamW(student.parameters(), 1e-4, fused=True)
+    amp = pick_amp("auto", device)
     autocast = partial(torch.autocast, device.type, amp, enabled=amp is not None)
-    cfg = distill.Config(budget=0, batch_size=batch, views=views, steps=10 ** 6)
-    teacher_pass = partial(distill.compute_teacher_logits, teacher, autocast,
-                           comparison_size(teacher, student, (h, w)), cfg)
+    cfg = distill.Config(budget=0, batch_size=B, views=24, steps=10 ** 6)
+    logit_size = comparison_size(teacher, student, (H, W))
+    teacher_pass = partial(distill.compute_teacher_logits, teacher, autocast, logit_size, cfg)
+    score = partial(image_distances, teacher)
 
     def distil(steps):
-        distill.distill(teacher, student, files, (h, w), replace(cfg, views=1, steps=steps))
+        distill.distill(teacher, student, files, (H, W), replace(cfg, views=1, steps=steps))
 
     def bare_steps():
         distil(1)                          # what a run does once, which is not of interest here
@@ -115,54 +103,49 @@ def training(files, size, steps, device):
             loss.backward()
             optimizer.step()
 
-    yield (f"train resnet_tiny, {steps} steps of {batch} x {h}x{w}", "setup + student", 1.3,
-           bare_steps, partial(distil, steps + 1))
-    yield (f"cache {views} views of {len(files)} JPEGs, {batch} x {h}x{w}, resnet_small", "teacher",
-           1.1, partial(bare_passes, teacher, images, views * len(files) // batch, autocast),
-           lambda: TeacherCache(teacher_pass, Views(files, (h, w), 0), cfg, device))
+    def bare_passes():                                  # B files, 24 views of each
+        for _ in range(24):
+            with autocast():
+                teacher(images)
 
-
-def scoring(files, size, wide, device):
-    """Yield the same of scoring a folder of photos, and of scoring batches with two networks."""
-    (small, images), pool = network("resnet_small", size, device), Pool(files, size[2:])
-
-    def decode_and_score():
-        for i in range(len(files)):
-            pool.view(i)
-        image_distances(small, images)                                 # as many as there are files
-
-    yield (f"scan {len(files)} JPEGs of 480x640", "decode + score", 1.1, decode_and_score,
-           lambda: cached_scores(lambda x, _: image_distances(small, x), pool, device))
-    for name, (b, _, h, w), target in (("resnet_small", size, 1.3),
-                                       ("deeplabv3_resnet50", wide, 1.15)):
-        model, x = network(name, (b, 3, h, w), device)
-        yield (f"score {b} x {h}x{w}, {name}", "teacher", target, partial(bare_passes, model, x),
-               partial(image_distances, model, x))
+    yield (f"train resnet_tiny, {steps} steps of {B} x {H}x{W}", "setup + student", 1.3,
+           bare_steps, lambda: distil(steps + 1))
+    yield (f"cache 24 views of {B} JPEGs, {B} x {H}x{W}, resnet_small", "teacher", 1.1,
+           bare_passes, lambda: TeacherCache(teacher_pass, Views(files, (H, W), 0), cfg, device))
+    yield (f"scan {B} JPEGs of 480x640", "decode + score", 1.1,
+           lambda: score(torch.stack([pool.view(i) for i in range(B)]).to(device) / 255),
+           lambda: cached_scores(lambda x, _: score(x), pool, device))
+    yield (f"score {B} x {H}x{W}, resnet_small", "teacher", 1.3, lambda: teacher(images),
+           lambda: score(images))
 
 
 def table(record):
     """Return a record as a Markdown table."""
-    return "\n".join(["| what | floor | ratio (quartiles) | at most |", "|---|---|---|---|", *(
-        f"| {r['what']} | {r['floor']} | {r['median']:.3g} ({r['quartiles'][0]:.3g} to "
-        f"{r['quartiles'][1]:.3g}) | {r['target']} |" for r in record["rows"])])
+    lines = ["| what | floor | ratio (quartiles) | at most |", "|---|---|---|---|"]
+    for row in record["rows"]:
+        ratio = "{:.3g} ({:.3g} to {:.3g})".format(row["median"], *row["quartiles"])
+        lines.append(f"| {row['what']} | {row['floor']} | {ratio} | {row['target']} |")
+    return "\n".join(lines)
 
 
 def main(argv=None):
     """Measure on one device, write the record and return it."""
     cfg = parse(Config, argv, "Measure how close each step is to its floor.")
     device = pick_device(cfg.device)
-    size, wide, steps, count = (16, 3, 96, 128), (2, 3, 520, 520), 300, 100_000
+    size, steps, count = (16, 3, 96, 128), 300, 100_000
     if cfg.quick:
-        size, wide, steps, count = (2, 3, 32, 48), (2, 3, 48, 64), 5, 1000
+        size, steps, count = (2, 3, 32, 48), 5, 1000
     rows = [memory(count)]
+    images = torch.rand(size, device=device)
+    teacher = build_model("resnet_small", 21).to(device, memory_format=torch.channels_last)
+    teacher.train()(images)                              # one that looks untrained is refused
+    freeze(teacher)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(None):
-        files = [Path(folder, f"{i}.jpg") for i in range(size[0])]
-        for i, file in enumerate(files):
-            Image.effect_mandelbrot((640, 480), (-2, -1, 1, 1 + i / 100), 50).save(file)
-        for what, name, target, floor, call in (*training(files, size, steps, device),
-                                                *scoring(files, size, wide, device)):
+        file = Path(folder, "photo.jpg")
+        Image.effect_mandelbrot((640, 480), (-2, -1, 1, 1), 50).save(file)
+        for what, name, target, *calls in measurements(teacher, images, file, steps):
             rows.append({"what": what, "floor": name, "target": target,
-                         **ratio(floor, call, cfg.repeats, device)})
+                         **ratio(*calls, cfg.repeats, device)})
     record = {"environment": environment(device), "repeats": cfg.repeats, "rows": rows}
     save_json(record, Path(cfg.out) / f"benchmark_{device.type}.json")
     print(table(record))

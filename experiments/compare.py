@@ -20,7 +20,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections import Counter
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from itertools import pairwise, product
@@ -63,8 +62,8 @@ def choose_rows(cfg, runs):
     {pool}: the common --pool ({pool}-25: a copy with 25 of its street views). {original}: the
     teacher's training images. {runs}: the folder `runs`, where other programs write pools.
     """
-    common = shlex.split(cfg.common)
-    named, preset = dict(pairwise(common)), read_preset(cfg.preset)
+    common, preset = shlex.split(cfg.common), read_preset(cfg.preset)
+    named = dict(pairwise(common))
     train = Path(named.get("--data-root", ""), "train")
     train = train / "images" if (train / "images").is_dir() else train
     paths = {"pool": named.get("--pool"), "original": cfg.original or train, "runs": runs}
@@ -78,19 +77,19 @@ def choose_rows(cfg, runs):
 
 def run_once(words, folder):
     """Run distill.py with these options unless its metrics are there already; return them."""
-    if (folder / "config.json").exists():        # a run of the same name may have other options
-        changed = differences(asdict(parse(distill.Config, words, "")),
-                              json.loads((folder / "config.json").read_text()))
+    config, metrics = folder / "config.json", folder / "metrics.json"
+    if config.exists():                          # a run of the same name may have other options
+        now = asdict(parse(distill.Config, words, ""))
+        changed = "; ".join(differences(now, json.loads(config.read_text())))
         if changed:
-            raise ValueError(f"the run in {folder} has another config ({'; '.join(changed)}); "
-                             "choose another --runs, or delete it")
-    if not (folder / "metrics.json").exists():
+            raise ValueError(f"{folder} has other options ({changed}); choose another --runs")
+    if not metrics.exists():
         words = [*words, "--out", str(folder), *(["--resume"] if started(folder) else [])]
         done = subprocess.run([sys.executable, "distill.py", *words], stderr=subprocess.PIPE,
                               stdout=subprocess.DEVNULL, text=True, check=False)
         if done.returncode:
             raise ValueError(f"distill.py {shlex.join(words)} failed: {done.stderr[-500:]}")
-    return json.loads((folder / "metrics.json").read_text())
+    return json.loads(metrics.read_text())
 
 
 def score_split(split, run, folder):
@@ -101,16 +100,8 @@ def score_split(split, run, folder):
                  run.dataset, "--data-root", run.data_root, "--split", split, "--device",
                  run.device, "--out", path]
         with redirect_stdout(None):                                # without the table of classes
-            evaluate.main([str(word) for word in words])
+            evaluate.main(map(str, words))
     return json.loads(path.read_text())["miou"]
-
-
-def count_selected(folder, pool):
-    """Return {kind: number of selected images}; the kind is the file's folder, or as drawn."""
-    kinds = Path(pool).parent / "pool_kinds.csv"                   # of the drawn scenes
-    kind = dict(read_csv(kinds)) if kinds.exists() else {}
-    files = [Path(row[0]) for row in read_csv(folder / "chosen.csv")[1:]]
-    return Counter(kind.get(file.name, file.parent.name) for file in files)
 
 
 def collect(cfg):
@@ -129,8 +120,8 @@ def collect(cfg):
             metrics["processor_seconds"]["pool"] = json.loads(made.read_text())["processor_seconds"]
         splits = {split: score_split(split, run, folder) for split in cfg.extra_splits.split()}
         print(f"{row:40s} seed {seed}   mIoU {100 * metrics['student_miou']:.1f} %", flush=True)
-        record["runs"].append({"row": row, "seed": seed, "options": preset[row], **metrics,
-                               "splits": splits, "selected": count_selected(folder, run.pool)})
+        record["runs"].append(
+            {"row": row, "seed": seed, "options": preset[row], **metrics, "splits": splits})
         save_json(record, cfg.out)                                 # what is done is not lost
     return record
 

@@ -12,20 +12,18 @@ Use it
     rows = by_row(read("results/camvid_seed0.json"))
     print(interval(values(rows, "recipe - nearest (ADS)")))            # points of mIoU, per seed
     print(table(read("results/scenes.json")))
-    print(teachers(["results/camvid_seed0.json", "results/camvid_seed1.json"]))
+    print(teachers(["results/camvid_seed0.json", "results/camvid_seed1.json"],
+                   ["random", "recipe", "gain = recipe - random"]))
 """
 
 import json
 import re
-from collections import Counter
 from pathlib import Path
 from statistics import mean, stdev
 
 # Two-sided 95 % quantiles of Student's t for n values (n - 1 degrees of freedom).
 T95 = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), 2))
-NEAREST, ORIGINAL = "nearest (ADS)", "original images"
-TEACHERS = ("random", NEAREST, "recipe", ORIGINAL, f"{NEAREST} - random", f"recipe - {NEAREST}",
-            f"{NEAREST} / {ORIGINAL}", f"recipe / {ORIGINAL}")
+ORIGINAL = "original images"
 
 
 def read(*paths):
@@ -42,15 +40,9 @@ def by_row(record):
     return rows
 
 
-def split_name(row):
-    """Return ("name", "50 files, 600 updates") of a row of a series, (row, "") of any other row."""
-    name, sizes = re.fullmatch(r"(.+?)((?:, (?:\d+|all) (?:files|updates))*)", row).groups()
-    return name, sizes.removeprefix(", ")
-
-
-def matching_row(row, rows, name):
-    """Return the row of this name that has the same size as `row`, or no size; None without one."""
-    return next((x for x in (f"{name}, {split_name(row)[1]}", name) if x in rows), None)
+def size_of(row):
+    """Return "50 files, 600 updates" of a row of a series, "" of any other row."""
+    return re.search(r"(, (\d+|all) (files|updates))*$", row).group().removeprefix(", ")
 
 
 def values(rows, expression, key="student_miou"):
@@ -105,26 +97,22 @@ def table(record, pattern="", columns=""):
     """
     rows, lines = by_row(record), []
     shown = [row for row in rows if re.search(pattern, row)]
+    sizes = {row: size_of(row) for row in shown}
     for row in shown:
-        first = next(other for other in shown if split_name(other)[1] == split_name(row)[1])
-        original = matching_row(row, rows, ORIGINAL)
-        miou, run = values(rows, row), next(iter(rows[row].values()))
+        first = next(other for other in shown if sizes[other] == sizes[row])
+        original = next((x for x in (f"{ORIGINAL}, {sizes[row]}", ORIGINAL) if x in rows), None)
         averages = (values(rows, f"{row} / {original}") if original else [],
                     values(rows, row, "agreement_miou"), cpu_seconds(rows[row]))
-        selected = Counter(run.get("selected", run.get("picks"))).most_common(5)
-        lines.append([
-            f"{row} ({len(miou)})",
-            interval(miou, ""),
-            interval(values(rows, f"{row} - {first}")) if row != first else "",
-            *(f"{mean(numbers):.0f}" if numbers else "" for numbers in averages),
-            ", ".join(f"{kind} {count}" for kind, count in selected)])
-    of_size = " of its size" if len({split_name(row)[1] for row in shown}) > 1 else ""
+        lines.append([f"{row} ({len(rows[row])})", interval(values(rows, row), ""),
+                      interval(values(rows, f"{row} - {first}")) if row != first else "",
+                      *(f"{mean(numbers):.0f}" if numbers else "" for numbers in averages)])
+    of_size = " of its size" if len(set(sizes.values())) > 1 else ""
     header = ["row (seeds)", "mIoU, %", f"minus the first row{of_size}", "retention, %",
-              "agreement, %", "CPU s", "selected"]
+              "agreement, %", "CPU s"]
     return markdown(header, lines, columns)
 
 
-def teachers(paths, expressions=TEACHERS, transposed=False):
+def teachers(paths, expressions, transposed=False):
     """Return a Markdown table with one line per record, each of another teacher, and their mean.
 
     An expression is as in `values`, optionally after a title: "gain = recipe - random". Intervals

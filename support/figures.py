@@ -29,21 +29,13 @@ def save_png(figure, path):
 
 
 def picture_row(figure, pictures, title, titles=None):
-    """Fill a subfigure with one row of pictures (RGB arrays)."""
+    """Fill a subfigure with one row of pictures (RGB arrays or PIL pictures)."""
     axes = figure.subplots(1, len(pictures), squeeze=False)[0]
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     for ax, picture, name in zip(axes, pictures, titles or [""] * len(pictures), strict=True):
         ax.set_axis_off()
         ax.set_title(name, fontsize=8, pad=2)
         ax.imshow(picture)
-
-
-def legend(figure, class_names, colours):
-    """Name the colour of each class, and of void, below a figure."""
-    # A dollar sign would start a formula.
-    patches = [Patch(facecolor=c / 255, edgecolor=GREY, label=name.replace("$", r"\$"))
-               for c, name in zip(colours, [*class_names, "void"], strict=True)]
-    figure.legend(handles=patches, loc="outside lower center", fontsize=8, frameon=False, ncols=10)
 
 
 def histogram(ax, scores, selected, sampling):
@@ -70,14 +62,13 @@ def weight_curves(ax, weights, schedule, sampling):
     ax.legend(frameon=False, fontsize=8)
 
 
-def pool_rows(figures, result, size, sampling, columns=10):
-    """Fill two subfigures with the nearest and the farthest images of the pool."""
-    d = result["scores"]
+def pool_rows(top, bottom, result, size, sampling):
+    """Fill two subfigures with the ten nearest and the ten farthest images of the pool."""
+    d, (_, first, last) = result["scores"], SCORES[sampling]
     order = sample(d, int(d.isfinite().sum())).tolist()
-    for figure, indices, name in zip(figures, (order[:columns], order[-columns:]),
-                                     SCORES[sampling][1:], strict=True):
+    for figure, indices, name in ((top, order[:10], first), (bottom, order[-10:], last)):
         files = [result["pool"].files[i] for i in indices]
-        pictures = [np.asarray(resized_crop(load_image(path, size), size)) for path in files]
+        pictures = [resized_crop(load_image(path, size), size) for path in files]
         picture_row(figure, pictures, f"{name} in the pool", [f"{d[i]:.3g}" for i in indices])
 
 
@@ -86,20 +77,20 @@ def pool_figure(result, size, sampling, path):
     figure = Figure(figsize=(11, 5), layout="constrained")
     top, *rows = figure.subfigures(3, 1, height_ratios=(2, 1, 1))
     histogram(top.subplots(), result["scores"], result["selected"], sampling)
-    pool_rows(rows, result, size, sampling)
+    pool_rows(*rows, result, size, sampling)
     save_png(figure, path)
 
 
 @torch.inference_mode()
-def examples(held_out, models, predict, count=5):
+def examples(held_out, models, predict):
     """Return {"Input": [RGB array, ...], "Truth": [classes (H, W), ...], a name of models: ...}.
 
-    held_out: a DataLoader of (images, labels), or a list of (images, None); `count` are drawn,
-    evenly spread. predict: from model, images, size to classes (B, h, w).
+    held_out: a DataLoader of (images, labels), or a list of (images, None); five are drawn, evenly
+    spread. predict: from model, images, size to classes (B, h, w).
     """
     items = getattr(held_out, "dataset", held_out)
     rows = {name: [] for name in ("Input", "Truth", *models)}
-    for i in np.unique(np.linspace(0, len(items) - 1, count + 2).astype(int)[1:-1]):
+    for i in np.unique(np.linspace(0, len(items) - 1, 7).astype(int)[1:-1]):
         image, target = items[i]
         image = image.reshape(1, *image.shape[-3:])                              # (1, 3, h, w)
         size = image.shape[-2:] if target is None else target.shape[-2:]
@@ -115,13 +106,16 @@ def run_figure(result, teacher, cfg, rows, path):
     """Write the figure of a run: from the pool to the student's masks. rows: of `examples`."""
     colours = np.array([*class_colours(teacher.class_names), WHITE], dtype=np.uint8)
     figure = Figure(figsize=(11, 6.3 + 1.45 * len(rows)), layout="constrained")
-    legend(figure, teacher.class_names, colours)
-    top, *parts = figure.subfigures(
-        3 + len(rows), 1, height_ratios=[2.6, 1, 1] + [1.35] * len(rows))
+    # A dollar sign would start a formula.
+    patches = [Patch(facecolor=colour / 255, edgecolor=GREY, label=name.replace("$", r"\$"))
+               for colour, name in zip(colours, [*teacher.class_names, "void"], strict=True)]
+    figure.legend(handles=patches, loc="outside lower center", fontsize=8, frameon=False, ncols=10)
+    heights = [2.6, 1, 1] + [1.35] * len(rows)
+    top, *parts = figure.subfigures(len(heights), 1, height_ratios=heights)
     left, right = top.subplots(1, 2, width_ratios=(3, 2))
     histogram(left, result["scores"], result["selected"], cfg.sampling)
     weight_curves(right, result["weights"], cfg.schedule, cfg.sampling)
-    pool_rows(parts[:2], result, teacher.image_size, cfg.sampling)
+    pool_rows(*parts[:2], result, teacher.image_size, cfg.sampling)
     for part, (name, pictures) in zip(parts[2:], rows.items(), strict=True):
         if name != "Input":                              # classes; void, all beyond K, is white
             pictures = [colours[mask.clamp(max=len(colours) - 1).cpu()] for mask in pictures]

@@ -196,10 +196,6 @@ def write_scenes(root, seed=0, size=(64, 96), train=500, val=100, pool=1600):
             image, label = street_scene(seed, split, i, size)
             image.save(root / f"{split}/images/{i:04d}.png")
             label.save(root / f"{split}/labels/{i:04d}.png")
-    rows = ["file,kind"]
     for i in progress(range(pool), "drawing pool"):
-        image, kind = pool_image(seed, i, size)
-        image.save(root / f"pool/{i:04d}.png")
-        rows.append(f"{i:04d}.png,{kind}")
-    (root / "pool_kinds.csv").write_text("\n".join(rows) + "\n", "utf-8", newline="\n")
+        pool_image(seed, i, size)[0].save(root / f"pool/{i:04d}.png")
     (root / "complete").touch()

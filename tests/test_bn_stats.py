@@ -29,8 +29,6 @@ def slow_distances(network, images, metric):
     for handle in handles:
         handle.remove()
     for layer, f in maps.items():                                      # (B, C, H, W)
-        if f.shape[-2:] == (1, 1):
-            continue
         first, second, divergence = 0, 0, 0
         for c in range(f.shape[1]):
             mu = f[:, c].mean(dim=(1, 2))                              # (B,)
@@ -39,7 +37,9 @@ def slow_distances(network, images, metric):
             first, second = first + (mu - m) ** 2, second + (var - v) ** 2
             ratio = (var + layer.eps) / (v + layer.eps)
             divergence += (ratio + (mu - m) ** 2 / (v + layer.eps) - 1 - ratio.log()) / 2
-        columns.append(divergence / f.shape[1] if metric == "kl" else first.sqrt() + second.sqrt())
+        if f.shape[-2:].numel() > 1:
+            columns.append(divergence / f.shape[1] if metric == "kl"
+                           else first.sqrt() + second.sqrt())
     return torch.stack(columns, dim=1).float()
 
 
@@ -87,13 +87,12 @@ class OnCuda(torch.Tensor):
 
 
 @pytest.mark.parametrize("kind", [torch.Tensor, OnCuda])
-@pytest.mark.parametrize(("dtype", "layout", "centre", "spread", "rtol"), [
-    (torch.float32, torch.contiguous_format, 2, 1, 1e-5),
-    (torch.bfloat16, torch.channels_last, 2, 1, 1e-5),
-    (torch.float16, torch.channels_last, 2, 1, 1e-5),
-    (torch.float32, torch.channels_last, 1000, 0.1, 1e-3)])
-def test_moments_are_exact_in_every_precision(kind, dtype, layout, centre, spread, rtol):
-    features = (centre + spread * torch.randn(3, 4, 9, 7)).to(dtype, memory_format=layout)
+@pytest.mark.parametrize(("dtype", "centre", "spread", "rtol"), [
+    (torch.float32, 2, 1, 1e-5), (torch.bfloat16, 2, 1, 1e-5), (torch.float16, 2, 1, 1e-5),
+    (torch.float32, 1000, 0.1, 1e-3)])
+def test_moments_are_exact_in_every_precision(kind, dtype, centre, spread, rtol):
+    features = (centre + spread * torch.randn(3, 4, 9, 7)).to(dtype)
+    features = features.to(memory_format=torch.channels_last)
     before, exact = features.clone(), features.double()
     mean, var = (moment.as_subclass(torch.Tensor) for moment in bn_stats.spatial_moments(
         features.as_subclass(kind), torch.full((4,), centre - 0.1)))
@@ -127,9 +126,8 @@ def test_layers_are_recognised_by_what_they_hold_and_a_network_without_any_is_re
 def test_frozen_look_alikes_score_like_ordinary_layers_and_in_training_mode_are_refused(eps):
     frozen, layer = look_alike(**eps), nn.BatchNorm2d(3, eps=next(iter(eps.values()), 1e-5))
     for module in (frozen, layer):
-        module.running_mean.fill_(0.3)
         module.running_var.fill_(1e-4)                                 # so that eps matters
-    images = 0.01 * torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = 0.01 * torch.randn(2, 3, 8, 8)
     for network in (frozen, nn.Sequential(layer, nn.BatchNorm2d(3).eval())):       # one of two
         with pytest.raises(ValueError, match=r"training mode.*eval"):
             image_distances(network, images)
@@ -212,8 +210,7 @@ def test_images_that_look_like_0_to_255_cause_a_warning_and_others_do_not():
     with pytest.warns(UserWarning, match="look like 0..255") as caught:
         image_distances(crossed, images * 255)
     assert caught[0].filename == __file__              # the caller's line, not one of bn_stats.py
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"):
         image_distances(crossed, 60 * images - 30)
         assert image_distances(crossed, images[:0]).shape == (0,)
 

@@ -7,17 +7,11 @@ from dataclasses import asdict
 from itertools import pairwise, product
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
-from conftest import with_random_statistics
-from pictures import coordinates, folder
 
 import distill
 import evaluate
 from experiments import compare
-from models import build_model
-from support import checkpoint
 from support.images import read_csv
 from support.options import parse
 
@@ -47,33 +41,30 @@ def test_the_ladder_goes_to_the_recipe_one_option_a_step():
 
 
 def test_the_factorial_is_every_combination_of_selection_colours_and_losses():
+    selections = {"random": "--sampling random", "nearest": "--metric kl",
+                  "whole pool": "--budget 0"}
+    colours = {"": "", ", colours": "--match-colours"}
+    losses = {"": "", ", losses": "--channelwise 10 --teacher-temperature 0.4"}
     rows = {name: options(words) for name, words in compare.read_preset("factorial").items()}
-    selections = {"random": {"sampling": "random"}, "nearest": {"metric": "kl"},
-                  "whole pool": {"budget": 0}}
-    colours = {"": {}, ", colours": {"match_colours": True}}
-    losses = {"": {}, ", losses": {"channelwise": 10.0, "teacher_temperature": 0.4}}
-    assert rows == {a + b + c: {**options("--schedule uniform"), **selections[a], **colours[b],
-                                **losses[c]} for a, b, c in product(selections, colours, losses)}
+    assert rows == {
+        a + b + c: options(f"--schedule uniform {selections[a]} {colours[b]} {losses[c]}")
+        for a, b, c in product(selections, colours, losses)}
 
 
 @pytest.mark.parametrize("inside", ["train", "train/images"])
 def test_rows_get_their_numbers_and_their_paths(tmp_path, inside):
-    root, pool = tmp_path / "my data", tmp_path / "my pool"
+    root = tmp_path / "my data"
     (root / inside).mkdir(parents=True)
-    common = ["--data-root", str(root), "--pool", str(pool)]
-
-    def last_words(preset, row, **more):
-        cfg = compare.Config(preset=preset, rows=row, common=shlex.join(common), **more)
-        (words,) = compare.choose_rows(cfg, tmp_path / "my runs").values()
-        assert words[:4] == common
-        return words[4:6]
-
-    assert last_words("length", "^nearest .*, 600") == ["--schedule", "uniform"]
-    assert last_words("headline", "original") == ["--pool", str(root / inside)]
-    assert last_words("headline", "original", original="a.csv") == ["--pool", "a.csv"]
-    assert last_words("street", " 25 ") == ["--pool", f"{pool}-25"]
-    assert last_words("selection", "centre") == ["--pool",
-                                                 f"{tmp_path}/my runs/k-centre/chosen.csv"]
+    common = ["--data-root", str(root), "--pool", "my pool"]
+    for preset, row, original, words in (
+            ("length", "^nearest .*, 600", "", ["--schedule", "uniform", "--steps", "600"]),
+            ("headline", "original", "", ["--pool", str(root / inside)]),
+            ("headline", "original", "a.csv", ["--pool", "a.csv"]),
+            ("street", " 25 ", "", ["--pool", "my pool-25"]),
+            ("selection", "centre", "", ["--pool", "my runs/k-centre/chosen.csv"])):
+        cfg = compare.Config(preset=preset, rows=row, common=shlex.join(common), original=original)
+        (found,) = compare.choose_rows(cfg, "my runs").values()
+        assert found[:len(common + words)] == common + words
 
 
 @pytest.mark.parametrize("words", ["--preset none", "--rows nothing", "--seeds 11",
@@ -87,10 +78,9 @@ def test_a_table_that_cannot_be_made_gets_one_sentence(words):
 
 def in_this_process(monkeypatch, program, stderr=""):
     """Let compare.py call `program` with the words of distill.py; it returns the exit code."""
-    def run(words, **_):
-        return subprocess.CompletedProcess(words, program(words[2:]), stderr=stderr)
-
-    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=run, PIPE=-1, DEVNULL=-3))
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(
+        PIPE=-1, DEVNULL=-3, run=lambda words, **_: subprocess.CompletedProcess(
+            words, program(words[2:]), stderr=stderr)))
 
 
 def test_a_finished_run_is_read_again_only_for_the_same_options(tmp_path):
@@ -114,49 +104,29 @@ def test_an_interrupted_run_is_resumed_and_a_failed_one_is_quoted(tmp_path, monk
                      ["--steps", "5", "--out", str(tmp_path), "--resume"]]
 
 
-def test_selected_images_are_counted_by_folder_or_as_they_were_drawn(tmp_path):
-    (tmp_path / "chosen.csv").write_text("file\na/sea/1.png\nb/sea/2.png\na/hills/1.png\n")
-    assert compare.count_selected(tmp_path, tmp_path / "pool") == {"sea": 2, "hills": 1}
-    (tmp_path / "pool_kinds.csv").write_text("file,kind\n1.png,sky\n2.png,toys\n")
-    assert compare.count_selected(tmp_path, tmp_path / "pool") == {"sky": 2, "toys": 1}
-
-
 # ---------------------------------------------------------------- the whole
 
-@pytest.fixture
-def common(tmp_path, pool_folder):
-    """Return the common options of tiny runs: a teacher of 2 classes, labelled data, a pool."""
-    torch.manual_seed(0)
-    teacher = with_random_statistics(build_model("resnet_tiny", 2, image_size=(32, 48)))
-    checkpoint.save_model(teacher, tmp_path / "teacher.pt")
-    for part, i in product(("val", "test"), range(2)):
-        labels = np.random.default_rng(i).integers(0, 2, (32, 48), dtype=np.uint8)
-        folder(tmp_path / "data" / part, coordinates(48, 32, blue=i), labels, f"{i}_{part}.png")
-    (tmp_path / "data" / "classes.txt").write_text("road\nsky\n")
-    return (f"--dataset folder --data-root {tmp_path}/data --pool {pool_folder} --budget 5 "
-            f"--teacher {tmp_path}/teacher.pt --steps 2 --batch-size 2 --device cpu --amp off")
-
-
-def test_a_record_holds_runs_extra_splits_and_selected_images(tmp_path, pool_folder, common,
-                                                              monkeypatch, capsys):
+def test_a_record_holds_runs_and_extra_splits_and_is_not_made_twice(world, tmp_path, pool_folder,
+                                                                    monkeypatch, capsys):
     in_this_process(monkeypatch, lambda words: 0 if distill.main(words) else 1)
     monkeypatch.setattr("support.figures.run_figure", lambda *_: None)
     (pool_folder / "metrics.json").write_text('{"processor_seconds": 7}')      # it was synthesised
+    data = f"--dataset folder --data-root {world} --num-classes 8 --device cpu"
+    common = (f"{data} --teacher {world}/teacher.pt --pool {pool_folder} --budget 5 --steps 2 "
+              "--batch-size 2 --amp off")
     words = ["--rows", "^random", "--seeds", "2", "--common", common, "--extra-splits",
-             "test test:1_", "--runs", f"{tmp_path}/runs", "--out", f"{tmp_path}/record.json"]
+             "val val:03", "--runs", f"{tmp_path}/runs", "--out", f"{tmp_path}/record.json"]
     compare.main(words)
     record = json.loads((tmp_path / "record.json").read_text())
-    assert record["common"].startswith("--dataset folder --data-root data --pool pool --budget 5 ")
+    assert " --pool pool --budget 5 " in record["common"] and "/" not in record["common"]
     assert [(run["row"], run["seed"]) for run in record["runs"]] == [("random", 0), ("random", 1)]
     for run in record["runs"]:
         assert run["options"] == "--sampling random --schedule uniform" and "config" not in run
-        assert run["selected"] == {"pool": 5} and run["updates"] == 2
-        assert run["processor_seconds"]["pool"] == 7
-        student = f"{tmp_path}/runs/random-s{run['seed']}/student.pt"
-        assert run["splits"] == {split: evaluate.main([
-            "--checkpoint", student, "--dataset", "folder", "--data-root", f"{tmp_path}/data",
-            "--split", split, "--device", "cpu"])["miou"] for split in ("test", "test:1_")}
-        assert run["splits"]["test"] != run["splits"]["test:1_"]
+        assert run["updates"] == 2 and run["processor_seconds"]["pool"] == 7
+        student = f"--checkpoint {tmp_path}/runs/random-s{run['seed']}/student.pt"
+        assert run["splits"] == {split: evaluate.main(
+            f"{data} {student} --split {split}".split())["miou"] for split in ("val", "val:03")}
+        assert run["splits"]["val"] != run["splits"]["val:03"]
     # All is there: a second start neither trains nor scores.
     monkeypatch.setattr(distill, "main", None)
     monkeypatch.setattr(evaluate, "main", None)

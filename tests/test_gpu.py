@@ -35,33 +35,22 @@ needs_device = pytest.mark.skipif(not DEVICE, reason="see test_these_programs_on
 pytestmark = pytest.mark.gpu
 
 
-def started(*words, cwd=REPOSITORY, environment=os.environ, **variables):
-    """Run Python in another process; return what subprocess.run returned."""
+def started(*words, cwd=REPOSITORY, **variables):
+    """Run Python in another process with these variables (None: unset); return what came of it."""
+    variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), **variables}
     return subprocess.run(
         [sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True, check=False,
-        env={**environment, "PYTHONPATH": str(REPOSITORY), **variables})
+        env={name: value for name, value in variables.items() if value is not None})
 
 
 @pytest.mark.skipif(bool(DEVICE), reason="this is the process with the device")
 def test_these_programs_on_a_gpu():
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": VISIBLE_GPUS}
-    environment = {name: value for name, value in environment.items() if value is not None}
-    there = started("-c", "import torch; torch.zeros(1).cuda()", environment=environment)
+    gpus = {"CUDA_VISIBLE_DEVICES": VISIBLE_GPUS}
+    there = started("-c", "import torch; torch.zeros(1).cuda()", **gpus)
     if there.returncode:
         pytest.skip(f"no GPU here: {there.stderr.strip().splitlines()[-1]}")
-    done = started("-m", "pytest", "-q", __file__, environment=environment, DFSS_TEST_DEVICE="cuda")
+    done = started("-m", "pytest", "-q", __file__, DFSS_TEST_DEVICE="cuda", **gpus)
     assert done.returncode == 0, done.stdout
-
-
-@pytest.mark.skipif(bool(DEVICE), reason="this process does not hide the device")
-def test_all_other_tests_compute_on_the_cpu_where_there_is_a_gpu(tmp_path):
-    (tmp_path / "gpu.py").write_text(                             # a GPU, if it is not hidden
-        "import os, torch\n"
-        "torch.cuda.is_available = lambda: os.environ.get('CUDA_VISIBLE_DEVICES') != ''\n")
-    done = started("-m", "pytest", "-q", "-p", "gpu", "tests/test_options.py", "-k",
-                   "compute_on_the_cpu", CUDA_VISIBLE_DEVICES="0",
-                   PYTHONPATH=f"{REPOSITORY}{os.pathsep}{tmp_path}")
-    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
 
 
 def test_formulas_stay_on_the_device_of_their_inputs():
@@ -93,16 +82,15 @@ def test_the_default_run_in_mixed_precision(tmp_path, monkeypatch, amp):
     if DEVICE == "cuda" and amp == "bfloat16" and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("this GPU does not compute in bfloat16")
     monkeypatch.chdir(tmp_path)
-    write, config = scenes.write_scenes, train_teacher.Config         # the same path, but short
-    few, short = {"train": 16, "val": 4, "pool": 24}, {"steps": 5, "batch_size": 4}
-    monkeypatch.setattr(scenes, "write_scenes", lambda root, size: write(root, size=size, **few))
-    monkeypatch.setattr(train_teacher, "Config", lambda **given: config(**given | short))
+    scenes.write_scenes("runs/scenes-32x48", size=(32, 48), train=16, val=4, pool=24)
+    config = train_teacher.Config                                     # the same path, but short
+    monkeypatch.setattr(train_teacher, "Config", lambda **given: config(
+        **given | {"steps": 5, "batch_size": 4}))
     monkeypatch.setattr(training, "CHECK_EVERY", 10)
     metrics = distill.main(f"--image-size 32 48 --budget 8 --steps 20 --batch-size 4 --device "
                            f"{DEVICE} --amp {amp}".split())
     assert metrics["environment"]["precision"] == f"torch.{amp}"
     assert metrics["environment"]["device"].endswith("CPU") == (DEVICE == "cpu")
-    assert all(0 <= metrics[f"{name}_miou"] <= 1 for name in ("teacher", "student", "agreement"))
     first, last = read_csv(tmp_path / "runs/001/curve.csv")[1:]
     assert 0 < float(last[1]) < float(first[1])
     assert all(x.isfinite().all() and x.dtype in (torch.float32, torch.int64)
@@ -111,7 +99,7 @@ def test_the_default_run_in_mixed_precision(tmp_path, monkeypatch, amp):
 
 @needs_device
 @pytest.mark.parametrize("metric", METRICS)
-def test_scores_are_those_of_the_cpu_within_rounding_and_so_is_the_selection(world, metric):
+def test_scores_are_those_of_the_cpu_within_rounding(world, metric):
     teacher = checkpoint.load_model(world / "teacher.pt")
     pool = Pool(find_images(world / "pool"), (32, 48))
 
@@ -120,12 +108,8 @@ def test_scores_are_those_of_the_cpu_within_rounding_and_so_is_the_selection(wor
         return scoring.cached_scores(lambda images, _: image_distances(
             network, images, None, metric), pool, torch.device(device), workers=2)[0]
 
-    cpu, gpu = scores("cpu"), scores(DEVICE)
-    torch.testing.assert_close(gpu, cpu, rtol=1e-2, atol=0)           # convolutions use TF32
-    ordered = cpu.sort().values
-    budget = 5 + (ordered[6:16] / ordered[5:15]).argmax() + 1         # where the gap is widest
-    assert ordered[budget] / ordered[budget - 1] > 1.02
-    assert set(gpu.argsort()[:budget].tolist()) == set(cpu.argsort()[:budget].tolist())
+    # Convolutions use TF32.
+    torch.testing.assert_close(scores(DEVICE), scores("cpu"), rtol=1e-2, atol=0)
 
 
 @needs_device
@@ -149,16 +133,17 @@ def test_a_run_with_scores_of_torchrun_and_logits_in_a_file_is_that_of_the_cpu_w
 
 @needs_device
 def test_evaluation_and_masks_are_those_of_the_cpu_and_the_model_is_exported(world, tmp_path):
-    results, checkpoint_of = {}, ["--checkpoint", f"{world}/teacher.pt", "--device"]
-    for device in ("cpu", DEVICE):
-        words = [*checkpoint_of, device, "--num-classes", "8"]
-        results[device] = evaluate.main([*words, "--dataset", "folder", "--data-root", str(world)])
-        evaluate.main([*words, "--images", f"{world}/pool", "--out", str(tmp_path / device)])
-    assert results[DEVICE]["miou"] == pytest.approx(results["cpu"]["miou"], abs=0.01)
+    mious, checkpoint_of = [], f"--checkpoint {world}/teacher.pt"
+    for name, device in (("cpu", "cpu"), ("gpu", DEVICE)):
+        words = f"{checkpoint_of} --device {device} --num-classes 8"
+        labelled = f"{words} --dataset folder --data-root {world}"
+        mious.append(evaluate.main(labelled.split())["miou"])
+        evaluate.main(f"{words} --images {world}/pool --out {tmp_path}/{name}".split())
+    assert mious[0] == pytest.approx(mious[1], abs=0.01)
     for path in find_images(tmp_path / "cpu"):
-        same = np.asarray(Image.open(path)) == np.asarray(Image.open(tmp_path / DEVICE / path.name))
+        same = np.asarray(Image.open(path)) == np.asarray(Image.open(tmp_path / "gpu" / path.name))
         assert same.mean() > 0.98
-    export.main([*checkpoint_of[:2], "--out", str(tmp_path / "s.pt2")])
+    export.main(f"{checkpoint_of} --out {tmp_path}/s.pt2".split())
     masks = torch.export.load(tmp_path / "s.pt2").module().to(DEVICE)(
         torch.rand(2, 3, 64, 96, device=DEVICE))
     assert masks.shape[-2:] == (64, 96)
@@ -168,28 +153,26 @@ KILLED_AT_STEP_5 = """
 import os, sys, distill
 from support import training
 
-def deadly(*args, weighted_loss=distill.weighted_loss, calls=[]):
-    calls.append(args)
-    return weighted_loss(*args) if len(calls) < 6 else os._exit(9)
+def deadly(self, loss, log=training.Training.log):
+    return log(self, loss) if self.done < 5 else os._exit(9)
 
-distill.weighted_loss, training.SAVE_EVERY = deadly, 2
+training.Training.log, training.SAVE_EVERY = deadly, 2
 distill.main(sys.argv[1:])
 """
 
 
 @needs_device
 def test_deterministic_runs_are_equal_to_the_bit_also_if_killed_and_resumed(world, tmp_path):
-    teachers, students = ([tmp_path / f"{kind} {i}" for i in "12"] for kind in ("t", "s"))
+    teach, program = REPOSITORY / "train_teacher.py", REPOSITORY / "distill.py"
     words = (f"--dataset folder --data-root {world} --split val --num-classes 8 --steps 6 "
              f"--image-size 32 48 --batch-size 4 --device {DEVICE} --deterministic --out").split()
-    done = [started(REPOSITORY / "train_teacher.py", *words, out) for out in teachers]
-    program, teacher = REPOSITORY / "distill.py", teachers[0] / "teacher.pt"
-    words = options(world, ".", "--deterministic", "--teacher", teacher, "--out")
-    done.append(started(program, *words, students[0], cwd=tmp_path))
-    killed = started("-c", KILLED_AT_STEP_5, *words, students[1], cwd=tmp_path)
-    assert killed.returncode == 9 and checkpoint.load(students[1] / "state.pt")["step"] == 4
-    done.append(started(program, "--resume", "--out", students[1], cwd=tmp_path))
+    done = [started(teach, *words, out, cwd=tmp_path) for out in ("t 1", "t 2")]
+    words = options(world, ".", "--deterministic", "--teacher", "t 1/teacher.pt", "--out")
+    done.append(started(program, *words, "s 1", cwd=tmp_path))
+    killed = started("-c", KILLED_AT_STEP_5, *words, "s 2", cwd=tmp_path)
+    assert killed.returncode == 9 and checkpoint.load(tmp_path / "s 2/state.pt")["step"] == 4
+    done.append(started(program, "--resume", "--out", "s 2", cwd=tmp_path))
     assert not any(run.returncode for run in done), [run.stderr for run in done]
-    for pair, name in ((teachers, "teacher.pt"), (students, "student.pt")):
-        a, b = (checkpoint.load(out / name)["state_dict"] for out in pair)
+    for name in ("t {}/teacher.pt", "s {}/student.pt"):
+        a, b = (checkpoint.load(tmp_path / name.format(i))["state_dict"] for i in (1, 2))
         assert all(torch.equal(value, b[key]) for key, value in a.items())

@@ -93,7 +93,7 @@ def test_a_config_refuses_what_an_option_cannot_take_wherever_it_is_made(values,
 # ---------------------------------------------------------------- where a run computes
 
 def test_the_tests_compute_on_the_cpu():
-    """See test_gpu.py, which runs this where torch believes that there is a GPU."""
+    """conftest.py hides the GPUs from them."""
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and pick_device("auto") == CPU
 
 

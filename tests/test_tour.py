@@ -20,10 +20,8 @@ DOCS = Path(__file__).parent.parent / "docs"
 PICTURES = [f"tour_{i}.png" for i in range(1, 6)]
 SMALL = {"train=200": "train=16", "pool=300": "pool=110", "range(80)": "range(1)",
          "step in range(100)": "step in range(1)"}
-
-
-def blocks():
-    return re.findall(r"```python\n(.*?)```", (DOCS / "tour.md").read_text("utf-8"), re.DOTALL)
+PAGE = (DOCS / "tour.md").read_text("utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 def run(code):
@@ -35,7 +33,7 @@ def run(code):
 
 
 def test_the_code_of_the_tour_draws_its_five_pictures(tmp_path, monkeypatch):
-    code = "\n".join(blocks())
+    code = "\n".join(BLOCKS)
     for large, small in SMALL.items():
         assert large in code
         code = code.replace(large, small)
@@ -45,12 +43,9 @@ def test_the_code_of_the_tour_draws_its_five_pictures(tmp_path, monkeypatch):
 
 
 def test_the_tour_shows_its_pictures_which_are_small_and_drawn_by_at_most_ten_lines():
-    page = (DOCS / "tour.md").read_text("utf-8")
-    assert re.findall(r"!\[[^]]+\]\((.*?)\)", page) == PICTURES
-    for name, block in zip(PICTURES, [b for b in blocks() if "savefig" in b], strict=True):
-        assert name in block
-        drawing = block[block.index("fig, axes"):]
-        assert len(drawing.strip().splitlines()) <= 10
+    assert re.findall(r"!\[[^]]+\]\((.*?)\)", PAGE) == PICTURES
+    for name, block in zip(PICTURES, [b for b in BLOCKS if "savefig" in b], strict=True):
+        assert name in block and block.strip()[block.index("fig, axes"):].count("\n") < 10
         assert (DOCS / name).stat().st_size < 150_000 and Image.open(DOCS / name).width <= 800
 
 
@@ -64,6 +59,6 @@ if __name__ == "__main__":
     sys.path.insert(0, str(DOCS.parent))
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        run("\n".join(blocks()))
+        run("\n".join(BLOCKS))
         for picture in PICTURES:
             shutil.copy(f"runs/{picture}", DOCS)
