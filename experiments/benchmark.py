@@ -13,7 +13,6 @@ Use it
     python -m experiments.benchmark --quick --out runs   # seconds: tiny sizes, to see that it works
 """
 
-import resource
 import tempfile
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
@@ -26,7 +25,6 @@ import torch
 from PIL import Image
 
 import distill
-from ads_sampler import score_pool
 from bn_stats import image_distances
 from models import build_model, freeze
 from support.checkpoint import save_json
@@ -61,20 +59,6 @@ def ratio(floor, call, repeats, device):
     times = np.array(times[1:])                                     # the first one warms up
     low, median, high = np.quantile(times[:, 1] / times[:, 0], (0.25, 0.5, 0.75)).tolist()
     return {"median": median, "quartiles": [low, high], "seconds": np.median(times, 0).tolist()}
-
-
-def memory(count):
-    """Return the row of the peak memory of scoring `count` images, next to a tenth of them.
-
-    Measured before all else: any higher peak would hide it.
-    """
-    teacher, peaks = freeze(build_model("resnet_tiny", 21)), []
-    for n in (count // 10, count):
-        batches = (torch.rand(50, 3, 16, 16) for _ in range(n // 50))
-        score_pool(partial(image_distances, teacher), batches)
-        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)        # it never falls
-    return {"what": f"peak memory of scoring {count:,} images", "floor": f"{count // 10:,}",
-            "target": 1.05, "median": peaks[1] / peaks[0], "quartiles": [peaks[1] / peaks[0]] * 2}
 
 
 def measurements(teacher, images, file, steps):
@@ -132,11 +116,8 @@ def main(argv=None):
     """Measure on one device, write the record and return it."""
     cfg = parse(Config, argv, "Measure how close each step is to its floor.")
     device = pick_device(cfg.device)
-    size, steps, count = (16, 3, 96, 128), 300, 100_000
-    if cfg.quick:
-        size, steps, count = (2, 3, 32, 48), 5, 1000
-    rows = [memory(count)]
-    images = torch.rand(size, device=device)
+    size, steps = ((2, 3, 32, 48), 5) if cfg.quick else ((16, 3, 96, 128), 300)
+    images, rows = torch.rand(size, device=device), []
     teacher = build_model("resnet_small", 21).to(device, memory_format=torch.channels_last)
     teacher.train()(images)                              # one that looks untrained is refused
     freeze(teacher)

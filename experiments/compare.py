@@ -115,9 +115,6 @@ def collect(cfg):
         folder = runs / re.sub(r"\W", "-", f"{row} s{seed}")
         metrics = run_once([*rows[row], "--seed", str(seed)], folder)
         run = distill.Config(**metrics.pop("config"))
-        made = Path(run.pool, "metrics.json")                      # of experiments.generators
-        if made.exists():
-            metrics["processor_seconds"]["pool"] = json.loads(made.read_text())["processor_seconds"]
         splits = {split: score_split(split, run, folder) for split in cfg.extra_splits.split()}
         print(f"{row:40s} seed {seed}   mIoU {100 * metrics['student_miou']:.1f} %", flush=True)
         record["runs"].append(

@@ -61,15 +61,6 @@ def values(rows, expression, key="student_miou"):
     return [a - b if operator == "-" else 100 * a / b for a, b in pairs]
 
 
-def cpu_seconds(runs):
-    """Return the CPU seconds of distillation, and of making the pool if its images are synthetic.
-
-    Scoring is left out: it runs once, and rows that share a distance share the cached scores.
-    """
-    stages = [run["processor_seconds"] for run in runs.values() if run.get("processor_seconds")]
-    return [spent["distillation"] + spent.get("pool", 0) for spent in stages]
-
-
 def interval(numbers, sign="+"):
     """Return "mean ± half-width" of the 95 % interval (Student's t); one number has no interval."""
     if len(numbers) < 2:
@@ -102,13 +93,13 @@ def table(record, pattern="", columns=""):
         first = next(other for other in shown if sizes[other] == sizes[row])
         original = next((x for x in (f"{ORIGINAL}, {sizes[row]}", ORIGINAL) if x in rows), None)
         averages = (values(rows, f"{row} / {original}") if original else [],
-                    values(rows, row, "agreement_miou"), cpu_seconds(rows[row]))
+                    values(rows, row, "agreement_miou"))
         lines.append([f"{row} ({len(rows[row])})", interval(values(rows, row), ""),
                       interval(values(rows, f"{row} - {first}")) if row != first else "",
                       *(f"{mean(numbers):.0f}" if numbers else "" for numbers in averages)])
     of_size = " of its size" if len(set(sizes.values())) > 1 else ""
     header = ["row (seeds)", "mIoU, %", f"minus the first row{of_size}", "retention, %",
-              "agreement, %", "CPU s"]
+              "agreement, %"]
     return markdown(header, lines, columns)
 
 

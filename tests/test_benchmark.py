@@ -26,7 +26,7 @@ def test_a_quick_run_records_every_ratio_with_its_floor_and_target(tmp_path, cap
     record = json.loads((tmp_path / "benchmark_cpu.json").read_text())
     assert record["repeats"] == 2 and record["environment"]["torch"] == torch.__version__
     starts = [row["what"].split()[0] for row in record["rows"]]
-    assert starts == ["peak", "train", "cache", "scan", "score"]
+    assert starts == ["train", "cache", "scan", "score"]
     for row in record["rows"]:
         low, high = row["quartiles"]
         assert 0 < low <= row["median"] <= high and row["target"] > 0 and row["floor"]

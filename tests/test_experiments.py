@@ -110,7 +110,6 @@ def test_a_record_holds_runs_and_extra_splits_and_is_not_made_twice(world, tmp_p
                                                                     monkeypatch, capsys):
     in_this_process(monkeypatch, lambda words: 0 if distill.main(words) else 1)
     monkeypatch.setattr("support.figures.run_figure", lambda *_: None)
-    (pool_folder / "metrics.json").write_text('{"processor_seconds": 7}')      # it was synthesised
     data = f"--dataset folder --data-root {world} --num-classes 8 --device cpu"
     common = (f"{data} --teacher {world}/teacher.pt --pool {pool_folder} --budget 5 --steps 2 "
               "--batch-size 2 --amp off")
@@ -122,7 +121,7 @@ def test_a_record_holds_runs_and_extra_splits_and_is_not_made_twice(world, tmp_p
     assert [(run["row"], run["seed"]) for run in record["runs"]] == [("random", 0), ("random", 1)]
     for run in record["runs"]:
         assert run["options"] == "--sampling random --schedule uniform" and "config" not in run
-        assert run["updates"] == 2 and run["processor_seconds"]["pool"] == 7
+        assert run["updates"] == 2
         student = f"--checkpoint {tmp_path}/runs/random-s{run['seed']}/student.pt"
         assert run["splits"] == {split: evaluate.main(
             f"{data} {student} --split {split}".split())["miou"] for split in ("val", "val:03")}
