@@ -99,27 +99,18 @@ def test_a_file_of_another_format_needs_the_name_of_its_network(tmp_path, state)
         load_model(tmp_path / "m.pt")
 
 
-def test_another_model_than_expected_is_said(saved):
-    with pytest.raises(ValueError, match="m.pt does not fit the network: Missing key"):
-        load_model(saved, "fcn_resnet50")
-
-
 # ---------------------------------------------------------------- never half written
-
-def files(folder):
-    return sorted(path.name for path in folder.iterdir())
-
 
 def test_a_new_file_appears_only_when_it_is_whole_and_an_error_leaves_the_old_one(tmp_path):
     path = tmp_path / "deeper" / "f.json"
     with atomic(path) as temporary:
         temporary.write_text("first")
-        assert files(path.parent) == [temporary.name]
+        assert not path.exists()
     save_json({"old": 1}, path)
     with pytest.raises(KeyError), atomic(path) as temporary:
         temporary.write_text("half")
         raise KeyError
-    assert json.loads(path.read_text()) == {"old": 1} and files(path.parent) == ["f.json"]
+    assert json.loads(path.read_text()) == {"old": 1} and list(path.parent.iterdir()) == [path]
 
 
 def test_a_disk_that_fills_up_keeps_the_old_checkpoint(saved):
@@ -131,5 +122,4 @@ def test_a_disk_that_fills_up_keeps_the_old_checkpoint(saved):
             save({"new": torch.ones(100_000)}, saved)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert saved.read_bytes() == before and files(saved.parent) == ["m.pt"]
-    assert load_model(saved).num_classes == 4
+    assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]

@@ -109,7 +109,8 @@ def test_labels_follow_their_images_through_crop_and_flip(tmp_path, plain, side)
     exif[0x0112] = 3                           # a label belongs to the pixels as they are stored
     write(tmp_path / "images" / "a.png", Image.fromarray(25 * labels).convert("RGB"), exif=exif)
     write(tmp_path / "labels" / "a.png", labels)
-    labelled = open_labelled("folder", tmp_path, "val", (32, 48), 10)
+    labelled = open_labelled("folder", tmp_path, "val", (8 * side, 12 * side), 10)
+    assert torch.equal(labelled[0][0][0], 25 * labelled[0][1])
     views = Views(labelled.images, (32, 48), seed=0, labelled=labelled)
     images, _, targets = Batches(views, 20)[0]
     assert targets.shape == (20, 32, 48) and targets.dtype == torch.int64

@@ -27,20 +27,14 @@ def scenery(*shape):
     return F.interpolate(torch.rand(shape[0], 3, 4, 4), shape[1:], mode="bilinear")
 
 
-def checkpoint(path, name="resnet_tiny", classes=5):
-    """Write a network whose untrained head does not call every pixel the same; return it."""
-    torch.manual_seed(0)
-    model = build_model(name, classes, mean=(0.5,) * 3, std=(0.25,) * 3, image_size=(40, 56)).eval()
-    nn.init.normal_(model.net.head.weight)
-    with torch.no_grad():                                        # no class is the usual one
-        model.net.head.bias -= model(scenery(1, 96, 96)).mean((0, 2, 3))
-    save_model(model, path)
-    return model
-
-
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="exports ceil_mode for some sizes only")
 def test_the_file_runs_without_this_repository_at_any_batch_and_size(tmp_path, capsys):
-    model = checkpoint(tmp_path / "student.pt")
+    torch.manual_seed(0)
+    model = build_model("resnet_tiny", 5, mean=(0.5,) * 3, std=(0.25,) * 3, image_size=(40, 56))
+    nn.init.normal_(model.eval().net.head.weight)
+    with torch.no_grad():                                        # no class is the usual one
+        model.net.head.bias -= model(scenery(1, 96, 96)).mean((0, 2, 3))
+    save_model(model, tmp_path / "student.pt")
     away = tmp_path / "away"
     export.main(["--checkpoint", str(tmp_path / "student.pt"), "--out", str(away / "student.pt2")])
     assert "same masks as the network, for any batch and any size" in capsys.readouterr().out
@@ -61,7 +55,7 @@ def test_the_file_runs_without_this_repository_at_any_batch_and_size(tmp_path, c
 
 def test_the_cost_of_teacher_and_student_stands_side_by_side(tmp_path, capsys):
     for name in ("resnet_small", "resnet_tiny"):
-        checkpoint(tmp_path / f"{name}.pt", name)
+        save_model(build_model(name, 5), tmp_path / f"{name}.pt")
     costs = export.main(["--checkpoint", str(tmp_path / "resnet_tiny.pt"), "--teacher",
                          str(tmp_path / "resnet_small.pt"), "--image-size", "96", "128"])
     parameters, macs = costs["student"]

@@ -225,16 +225,6 @@ def test_some_labels_of_a_large_data_set_are_checked_all_of_a_small_one(tmp_path
         check_labels(data)
 
 
-def test_an_image_that_belongs_to_a_label_is_read_as_its_pixels_are_stored(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6                                                 # turned by a quarter
-    data = labelled(tmp_path, *[[0] * 8 + [1] * 8] * 16, classes=2)
-    labels = np.asarray(data.mask(0))
-    write(data.images[0], Image.fromarray(200 * labels).convert("RGB"), exif=exif)
-    image, target = data[0]
-    assert torch.equal(image[0] > 100, target == 1) and target.float().mean() == 0.5
-
-
 def test_classes_have_their_data_sets_colours_else_those_of_pascal_voc():
     known = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 4: (0, 0, 128), 7: (128, 128, 128),
              8: (64, 0, 0), 15: (192, 128, 128), 20: (0, 64, 128)}
