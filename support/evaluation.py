@@ -7,7 +7,6 @@ Use it
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 from PIL import Image
 
 from support.checkpoint import atomic
@@ -20,6 +19,7 @@ inputs, output = partial(option, group="inputs"), partial(option, group="output"
 @dataclass(frozen=True)
 class Config(Labels):
     """The options of evaluate.py."""
+
     checkpoint: str | None = inputs(None, "student.pt, teacher.pt or a state dict", metavar="FILE")
     model: str | None = inputs(None, "network of a state dict: a name, or FILE.py:FUNCTION")
     image_size: tuple[int, int] | None = inputs(None, "size to resize to (default: its own)")
@@ -37,7 +37,7 @@ def save_mask(mask, image, path, colours, overlay=False):
     overlay: also write a JPEG of mask and PIL image, blended half and half.
     """
     png = Image.fromarray(mask.byte().cpu().numpy())
-    png.putpalette(np.array(colours, dtype=np.uint8).flatten().tolist())
+    png.putpalette([value for colour in colours for value in colour])
     with atomic(path) as temporary:
         png.save(temporary, format="PNG")
     if overlay:
