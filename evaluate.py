@@ -27,11 +27,10 @@ import torch
 import torch.nn.functional as F
 
 
-def check_values(name, values, num_classes, ignore_index):
+def check_values(name, values, num_classes):
     """Raise ValueError if class numbers (n,) do not lie in 0..K-1."""
     if len(values) and not 0 <= values.min() <= values.max() < num_classes:
-        raise ValueError(f"{name} values must lie in 0..{num_classes - 1} (or be {ignore_index}, "
-                         f"ignored); got {values.min()}..{values.max()}")
+        raise ValueError(f"{name} values {values.min()}..{values.max()}, not 0..{num_classes - 1}")
 
 
 def confusion_matrix(prediction, target, num_classes, ignore_index=255):
@@ -44,8 +43,8 @@ def confusion_matrix(prediction, target, num_classes, ignore_index=255):
         raise ValueError(f"both must have the same shape; got {prediction.shape}, {target.shape}")
     counted = target != ignore_index
     truth, guess = target[counted].long(), prediction[counted].long()              # (n,) each
-    check_values("target", truth, num_classes, ignore_index)
-    check_values("prediction", guess, num_classes, ignore_index)
+    check_values("target", truth, num_classes)
+    check_values("prediction", guess, num_classes)
     pairs = truth * num_classes + guess
     return pairs.bincount(minlength=num_classes ** 2).view(num_classes, num_classes)
 
@@ -86,7 +85,7 @@ def evaluate(model, loader, num_classes, reference=None, device=None, ignore_ind
         size = images.shape[-2:] if targets is None else targets.shape[-2:]
         if reference is None:
             truth = targets.to(device)                                             # (B, h, w)
-            check_values("target", truth[truth != ignore_index], K, ignore_index)
+            check_values("target", truth[truth != ignore_index], K)
         else:
             truth = predict(reference.eval(), images, size).clamp(max=K)
             if targets is not None:
@@ -120,16 +119,19 @@ def write_masks(model, folder, out, size, device, overlay=False):
     """
     from pathlib import Path
 
-    from support.evaluation import mask_names, save_mask
+    from support.evaluation import save_mask
     from support.images import as_input, find_images, load_image, resize_to_cover, to_tensor
     from support.labelled import class_colours
     from support.progress import progress
     if Path(folder).resolve() in (Path(out).resolve(), *Path(out).resolve().parents):
         raise ValueError(f"--out {out} lies in the folder of the images; name another folder")
     files, written = find_images(folder), 0
+    names = [path.relative_to(folder).with_suffix(".png") for path in files]
+    if len(set(names)) < len(files):                                 # such as a.jpg and a.png
+        names = [path.relative_to(folder).with_name(f"{path.name}.png") for path in files]
     own = class_colours(getattr(model, "class_names", ()))
-    colours = [*own, *class_colours(range(256))[len(own):]]          # for outputs without a name
-    for path, name in zip(progress(files, "masks"), mask_names(files), strict=True):
+    colours = [*own, *class_colours([])[len(own):]]                  # for outputs without a name
+    for path, name in zip(progress(files, "masks"), names, strict=True):
         try:
             image = load_image(path)
         except ValueError as error:
@@ -138,17 +140,13 @@ def write_masks(model, folder, out, size, device, overlay=False):
         images = as_input(to_tensor(resize_to_cover(image, size)).unsqueeze(0), device)
         with torch.inference_mode():
             mask = predict(model.eval(), images, image.size[::-1])[0]              # (H, W)
-        save_mask(mask, image, Path(out) / name.relative_to(folder), colours, overlay)
+        save_mask(mask, image, Path(out) / name, colours, overlay)
         written += 1
     return written
 
 
 def main(argv=None):
     """Score a checkpoint on labelled data, or write masks for a folder; return the metrics."""
-    from dataclasses import asdict
-
-    from torch.utils.data import DataLoader
-
     from support.checkpoint import load_model, save_json
     from support.evaluation import Config
     from support.labelled import check_labels, open_labelled
@@ -170,11 +168,11 @@ def main(argv=None):
     data = open_labelled(cfg.dataset, cfg.data_root, cfg.split, size,
                          cfg.num_classes or model.num_classes, cfg.download)
     check_labels(data, model.class_names)
-    loader = DataLoader(data, num_workers=pick_workers(cfg.workers, device))
+    loader = torch.utils.data.DataLoader(data, num_workers=pick_workers(cfg.workers, device))
     result = evaluate(model, progress(loader, "evaluate"), len(data.class_names))
     print(report({"model": result}, data.class_names))
     metrics = {"miou": result["miou"], "pixel_accuracy": result["pixel_accuracy"],
-               "iou": by_name(data.class_names, result["iou"]), "config": asdict(cfg)}
+               "iou": by_name(data.class_names, result["iou"]), "config": vars(cfg)}
     if cfg.out:
         save_json(metrics, cfg.out)
     return metrics

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from models import print_costs
 from support.checkpoint import atomic, load_model
@@ -37,7 +36,7 @@ class Config(Options):
     image_size: tuple[int, int] | None = option(None, "size to measure at (default: its own)")
 
 
-class AtImageSize(nn.Module):
+class AtImageSize(torch.nn.Module):
     """A network whose logits are resized to the image: (B, 3, H, W) -> (B, K, H, W)."""
 
     def __init__(self, model):

@@ -30,9 +30,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models import get_model_weights
 from torchvision.models.segmentation import FCN, LRASPP, DeepLabV3
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
+from torchvision.ops import Conv2dNormActivation
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMALL = {"resnet_small": (32, 2),        # (width, blocks): the CPU teacher, and its student, which
@@ -43,11 +43,9 @@ MODELS = (*SMALL, "deeplabv3_mobilenet_v2", *TORCHVISION)
 SPECS = f"path/to/file.py:function, or one of {', '.join(MODELS)}"              # in messages
 
 
-def conv_bn(c_in, c_out, kernel=3, stride=1, act=True):
-    """Return convolution, BatchNorm and, if `act`, ReLU."""
-    layers = [nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False),
-              nn.BatchNorm2d(c_out)]
-    return nn.Sequential(*layers, nn.ReLU(inplace=True)) if act else nn.Sequential(*layers)
+def conv_bn(c_in, c_out, kernel=3, stride=1, act=nn.ReLU):
+    """Return convolution (without bias, padded by kernel // 2), BatchNorm and activation."""
+    return Conv2dNormActivation(c_in, c_out, kernel, stride, activation_layer=act)
 
 
 class ResidualBlock(nn.Module):
@@ -55,11 +53,11 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, c_in, c_out, stride):
         super().__init__()
-        self.body = nn.Sequential(conv_bn(c_in, c_out, 3, stride), conv_bn(c_out, c_out, act=False))
+        self.body = nn.Sequential(conv_bn(c_in, c_out, 3, stride), conv_bn(c_out, c_out, act=None))
         # The shortcut averages before its 1x1 convolution (ResNet-D): a strided one would look at
         # a quarter of the pixels only.
         self.shortcut = nn.Identity() if c_in == c_out and stride == 1 else nn.Sequential(
-            nn.AvgPool2d(stride, ceil_mode=True), conv_bn(c_in, c_out, 1, act=False))
+            nn.AvgPool2d(stride, ceil_mode=True), conv_bn(c_in, c_out, 1, act=None))
 
     def forward(self, x):
         return F.relu(self.body(x) + self.shortcut(x))
@@ -189,11 +187,10 @@ def build_model(name, num_classes=None, weights=None, weights_backbone=None, **m
     if name in SMALL and weights_backbone is not None:
         raise ValueError(f"there are no published backbone weights for {name}")
     if weights is not None:
-        known = get_model_weights(name).__members__ if name in TORCHVISION else {}
-        if weights not in known:
+        if weights != "DEFAULT" or name not in TORCHVISION:
             raise ValueError(f"there are no weights {weights!r} for {name}; expected DEFAULT for "
                              f"one of {', '.join(TORCHVISION)}")
-        weights = known[weights]
+        weights = torchvision.models.get_model_weights(name).DEFAULT
         more = {"class_names": weights.meta["categories"]}              # normalised like ImageNet
         num_classes = num_classes or len(more["class_names"])
     if num_classes is None:

@@ -68,7 +68,7 @@ def train(model, data, cfg, out):
 
 def train_teacher(cfg, out):
     """Train as `cfg` says, write teacher.pt to the folder `out`; return its metrics."""
-    size = cfg.image_size or DATASETS[cfg.dataset][1]
+    size = cfg.image_size or DATASETS[cfg.dataset]
     parts = [open_labelled(cfg.dataset, cfg.data_root, split, size, cfg.num_classes, cfg.download)
              for split in (cfg.split, cfg.eval_split) if split]
     for data in parts:
@@ -96,7 +96,7 @@ def train_teacher(cfg, out):
 
 def builtin_teacher(size=None, device="auto", amp="auto"):
     """Return (folder of the drawn scenes, teacher.pt); what is missing is drawn and trained."""
-    size = size or DATASETS["scenes"][1]
+    size = size or DATASETS["scenes"]
     root = f"runs/scenes-{size[0]}x{size[1]}"
     scenes.write_scenes(root, size=size)
     cfg = Config(dataset="scenes", data_root=root, eval_split="val", image_size=size, steps=300,

@@ -94,20 +94,19 @@ def save_model(model, path):
           "state_dict": model.state_dict()}, path)
 
 
-def load_model(path, model=None, num_classes=None, class_names=None):
+def load_model(path, model=None):
     """Return the SegmentationModel in a file, in eval mode.
 
     path: a file of `save_model`, or a state dict as others save it; None if `model` is a Python
     file whose network has its weights. model: one of models.MODELS, or path/to/file.py:function.
     A state dict needs it. So does a checkpoint of a Python file's network: that file is only run if
-    `model` names it. num_classes: the number expected, if any. class_names: by default what the
-    checkpoint says, or the classes.txt next to a state dict, with one name per line.
+    `model` names it. The class names of a state dict are those of a classes.txt next to it, if any.
     Raises FileNotFoundError, or ValueError that says what does not fit.
     """
+    if path is None and ":" not in (model or ""):
+        raise ValueError("name a checkpoint, or a network with its weights: file.py:function")
     if path is None:
-        if ":" not in (model or ""):
-            raise ValueError("name a checkpoint, or a network with its weights: file.py:function")
-        return networks.load_network(model, num_classes, class_names)
+        return networks.load_file(model)
     state = load(path)
     saved = state["model"] if isinstance(state, dict) and state.get("format") == FORMAT else None
     if model is None and (saved is None or ":" in saved):
@@ -117,11 +116,9 @@ def load_model(path, model=None, num_classes=None, class_names=None):
     network = (networks.load_file(name) if ":" in name else
                build_model(name, networks.count_outputs(name, weights)))
     networks.fit_weights(network if saved else network.net, weights, path)
-    if saved:
-        network.image_size, known_names = state["image_size"], state["class_names"]
-    else:
-        known_names = read_class_names(Path(path).with_name("classes.txt"))
-    return networks.with_names(network, num_classes, class_names or known_names).eval()
+    names = state["class_names"] if saved else read_class_names(Path(path).with_name("classes.txt"))
+    network.image_size = state["image_size"] if saved else network.image_size
+    return networks.with_names(network, names or network.class_names).eval()
 
 
 def fingerprint(model):

@@ -52,7 +52,7 @@ def load_teacher(cfg):
     else:
         raise ValueError("no teacher: give --teacher, or --teacher-model and --teacher-weights")
     if not cfg.image_size and not model.image_size:
-        model.image_size = DATASETS[cfg.dataset][1]
+        model.image_size = DATASETS[cfg.dataset]
         print("the teacher does not say its image size: {}x{} is used; BatchNorm statistics depend "
               "on it, name another by --image-size".format(*model.image_size))
     model.image_size = cfg.image_size or model.image_size
@@ -66,8 +66,7 @@ def build_student(cfg, teacher):
         how = {"weights_backbone": "DEFAULT"}
     else:
         how = {"mean": teacher.mean.flatten().tolist(), "std": teacher.std.flatten().tolist()}
-    student = load_network(cfg.student_model, teacher.num_classes, class_names=teacher.class_names,
-                           image_size=teacher.image_size, **how)
+    student = load_network(cfg.student_model, teacher.class_names, teacher.image_size, **how)
     return student.to(teacher.mean.device)
 
 

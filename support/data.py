@@ -23,7 +23,7 @@ import time
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from support.images import (colour_matcher, find_images, load_image, resize_to_cover,
                             resized_crop, to_tensor)
@@ -164,8 +164,6 @@ class Batches(Dataset):
         if self.cache:
             images, teacher_logits = self.cache[keys]
             return images, index, teacher_logits
-        views = [self.views[key] for key in keys]
-        if not self.views.labelled:
-            return torch.stack(views), index, None
-        images, targets = zip(*views, strict=True)
-        return torch.stack(images), index, torch.stack(targets)
+        views = default_collate([self.views[key] for key in keys])
+        images, targets = views if self.views.labelled else (views, None)
+        return images, index, targets

@@ -40,10 +40,8 @@ def walk(folder, seen):
     if os.path.realpath(folder) not in seen:
         seen.add(os.path.realpath(folder))
         for path in sorted(Path(folder).iterdir()):
-            if path.is_dir() and not path.name.startswith("."):
-                yield from walk(path, seen)
-            elif not path.name.startswith("."):
-                yield path
+            if not path.name.startswith("."):
+                yield from walk(path, seen) if path.is_dir() else [path]
 
 
 def find_images(folder):
@@ -61,8 +59,7 @@ def find_images(folder):
         return [Path(name) for name, *_ in rows[1:]]
     if not folder or not Path(folder).is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; expected a folder of images")
-    found = [path for path in walk(folder, set())
-             if path.suffix.lower() in IMAGE_SUFFIXES]
+    found = [path for path in walk(folder, set()) if path.suffix.lower() in IMAGE_SUFFIXES]
     if not found:
         raise FileNotFoundError(f"no image below {folder}; expected {', '.join(IMAGE_SUFFIXES)}")
     return found
@@ -170,11 +167,10 @@ def drop_copies(files, others):
     def digest(path):
         return hashlib.sha256(Path(path).read_bytes()).digest()
 
-    others = [path for path in others if os.path.isfile(path)]
-    sizes = {os.path.getsize(path) for path in others}
-    known = {digest(path): path for path in others}
+    known = {digest(path): path for path in others if os.path.isfile(path)}
+    sizes = {os.path.getsize(path) for path in known.values()}
     twins = {path: known.get(digest(path)) for path in files
              if os.path.isfile(path) and os.path.getsize(path) in sizes}
-    return ([path for path in files if not twins.get(path)],
-            [f"{path}: the same image as {twin}, which is evaluated on"
-             for path, twin in twins.items() if twin])
+    reasons = [f"{path}: the same image as {twin}, which is evaluated on"
+               for path, twin in twins.items() if twin]
+    return [path for path in files if not twins.get(path)], reasons

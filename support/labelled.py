@@ -14,18 +14,15 @@ Use it
     image, target = data[0]       # uint8 (3, h, w) at the scale of size, int64 (H, W) at its own
 """
 
-import math
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.datasets import Cityscapes
+from torchvision.datasets import Cityscapes, VOCSegmentation
 from torchvision.models.segmentation import FCN_ResNet50_Weights
 
 from support import scenes
@@ -44,10 +41,9 @@ CAMVID_COLOURS = ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128),
 VOC = ("background", *FCN_ResNet50_Weights.DEFAULT.meta["categories"][1:])
 CITYSCAPES, CITYSCAPES_COLOURS = zip(*((c.name, c.color) for c in Cityscapes.classes
                                        if c.train_id not in (-1, 255)), strict=True)
-# For each data set its class names (None: see `find_pairs`) and the size it is used at.
-DATASETS = {"scenes": (scenes.CLASSES, (64, 96)), "camvid": (CAMVID, (360, 480)),
-            "voc": (VOC, (512, 512)), "cityscapes": (CITYSCAPES, (512, 1024)),
-            "folder": (None, (256, 256)), "none": (None, (256, 256))}
+# The size (H, W) at which each data set is used.
+DATASETS = {"scenes": (64, 96), "camvid": (360, 480), "voc": (512, 512),
+            "cityscapes": (512, 1024), "folder": (256, 256), "none": (256, 256)}
 labels = partial(option, group="labels")
 
 
@@ -79,24 +75,20 @@ class Labelled(Dataset):
     def __getitem__(self, index):
         image, mask = load_image(self.images[index], upright=False), self.mask(index)
         if image.size != mask.size:
-            raise ValueError(f"{self.labels[index]} is {mask.width}x{mask.height}, but its image "
-                             f"{image.width}x{image.height}")
+            raise ValueError(f"{self.labels[index]} has size {mask.size}, its image {image.size}")
         return to_tensor(resize_to_cover(image, self.size)), self.classes(mask, index)
 
     def mask(self, index):
-        """Return the label values of a file, a PIL picture; ValueError if they cannot be trusted.
-        """
+        """Return a file's label values, a PIL picture; ValueError if they cannot be trusted."""
         path = self.labels[index]
         try:
             with Image.open(path) as mask:
-                values = np.asarray(mask)                            # the indices, not the colours
-                palette = mask.getpalette("RGB") if mask.mode == "P" else None
+                values, palette = np.asarray(mask), mask.getpalette()        # values, not colours
         except Exception as error:
             raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
         if mask.mode not in ("L", "P", "1") or mask.format in ("JPEG", "MPO"):
-            raise ValueError(f"{path} is a {mask.format} picture of mode {mask.mode}; expected an "
-                             "index mask of 8 bits in a lossless format such as PNG")
-        for value in np.bincount(values.ravel()).nonzero()[0].tolist() if palette else ():
+            raise ValueError(f"{path} is {mask.format} ({mask.mode}); expected an 8-bit index PNG")
+        for _, value in mask.getcolors() if palette else ():
             colour = tuple(palette[3 * value:3 * value + 3])
             if colour != self.colours.setdefault(value, colour):
                 raise ValueError(f"{path} gives the value {value} the colour {colour}, not "
@@ -119,7 +111,7 @@ def open_labelled(dataset, root, split, size, num_classes=None, download=False):
     root: for camvid a folder with <split>/ and <split>annot/; for voc and cityscapes the trees of
     their archives; for scenes and folder <split>/images and <split>/labels, or images and labels.
     split: "val", or "train:0001TP,0016E5" to keep files whose names begin so (CamVid's sequences).
-    num_classes: of the network; it may have more than the labels.
+    num_classes: of a folder without a classes.txt.
     Raises FileNotFoundError or ValueError with what was expected.
     """
     if not root or not (download or Path(root).is_dir()):
@@ -128,9 +120,8 @@ def open_labelled(dataset, root, split, size, num_classes=None, download=False):
     pairs, values = find_pairs(dataset, Path(root), part, download)
     values = values or [f"class {k}" for k in range(num_classes or 0)]       # names of 0, 1, ...
     names = [name for name in dict.fromkeys(values) if name != VOID]
-    most = num_classes or IGNORE
-    if not 0 < len(names) <= most or set(values[IGNORE:]) - {VOID}:
-        raise ValueError(f"{dataset} has {len(names)} classes, expected 1 to {most} with values "
+    if not names or set(values[IGNORE:]) - {VOID}:
+        raise ValueError(f"{dataset} has {len(names)} classes, expected 1 to {IGNORE} with values "
                          f"below {IGNORE}; see --num-classes and classes.txt in docs/data.md")
     pairs = [pair for pair in pairs if pair[0].name.startswith(tuple(sequences.split(",")))]
     if not pairs:
@@ -140,7 +131,7 @@ def open_labelled(dataset, root, split, size, num_classes=None, download=False):
     table[IGNORE] = -1 if dataset == "cityscapes" else IGNORE
     for value, name in enumerate(values[:IGNORE]):
         table[value] = IGNORE if name == VOID else names.index(name)
-    colours = enumerate(class_colours(range(256))) if dataset == "voc" else ()
+    colours = enumerate(class_colours([])) if dataset == "voc" else ()
     return Labelled(*zip(*pairs, strict=True), table, names, size, colours)
 
 
@@ -157,9 +148,9 @@ def find_pairs(dataset, root, part, download):
         images = find_images(root / "leftImg8bit" / part)
         pairs = [(path, root / "gtFine" / part / path.parent.name
                   / path.name.replace("leftImg8bit", "gtFine_labelIds")) for path in images]
-        known = Cityscapes.classes[:-1]                                 # the last has the id -1
-        return pairs, [VOID if c.train_id == 255 else c.name for c in known]
-    names = read_class_names(root / "classes.txt") or DATASETS[dataset][0]
+        # The last of torchvision's classes has the id -1, which no file of 8 bits holds.
+        return pairs, [VOID if c.train_id == 255 else c.name for c in Cityscapes.classes[:-1]]
+    names = scenes.CLASSES if dataset == "scenes" else read_class_names(root / "classes.txt")
     root = root / part if (root / part).is_dir() else root
     return paired(root / "images", root / "labels"), names
 
@@ -171,7 +162,7 @@ def voc_pairs(voc, part, download):
     """
     listing = voc / "ImageSets" / "Segmentation" / f"{part}.txt"
     if download and not listing.is_file():    # torchvision would unpack the archive on every run
-        torchvision.datasets.VOCSegmentation(voc.parent.parent, download=True)
+        VOCSegmentation(voc.parent.parent, download=True)
     masks = voc / ("SegmentationClassAug" if "aug" in part else "SegmentationClass")
     names = [Path(line.split()[0]).stem for line in listing.read_text().strip().splitlines()]
     return [(voc / "JPEGImages" / f"{name}.jpg", masks / f"{name}.png") for name in names]
@@ -182,10 +173,10 @@ def paired(images, labels):
 
     Raises ValueError that names an image without a label, or with two.
     """
-    found = defaultdict(list)
+    found = {}
     for path in find_images(labels):
-        found[path.relative_to(labels).with_suffix("")].append(path)
-    pairs = [(path, *found[path.relative_to(images).with_suffix("")])
+        found.setdefault(path.relative_to(labels).with_suffix(""), []).append(path)
+    pairs = [(path, *found.get(path.relative_to(images).with_suffix(""), []))
              for path in find_images(images)]
     for pair in pairs:
         if len(pair) != 2:
@@ -219,7 +210,7 @@ def class_colours(class_names):
 
 
 def check_labels(data, names=None, most=2000):
-    """Read at most about `most` pairs of a Labelled data set, evenly spread; say what is wrong.
+    """Read at most `most` pairs of a Labelled data set, evenly spread; say what is wrong.
 
     names: of a network's classes, perhaps with more behind. Warns if they are others or in another
     order, and of classes that no label has. Raises ValueError that names a bad file, or if there
@@ -228,12 +219,11 @@ def check_labels(data, names=None, most=2000):
     ours, theirs = ([name.strip("_").lower() for name in x]
                     for x in (data.class_names, names or data.class_names))
     if len(ours) > len(theirs):
-        raise ValueError(f"the labels have {len(ours)} classes, but the network has {len(theirs)}; "
-                         "take a network with as many or more")
+        raise ValueError(f"the labels have {len(ours)} classes, but the network has {len(theirs)}")
     if ours != theirs[:len(ours)] and "class 0" not in (ours[0], theirs[0]):
         print(f"warning: the labels' classes are {', '.join(ours)}, the network's "
               f"{', '.join(theirs)}; an IoU compares those at the same place")
-    indices = range(0, len(data), math.ceil(len(data) / most))
+    indices = np.linspace(0, len(data) - 1, min(len(data), most), dtype=int)
     count = sum(data[i][1].flatten().bincount(minlength=256)                           # (256,)
                 for i in progress(indices, "checking labels", leave=False))
     absent = [name for name, pixels in zip(data.class_names, count, strict=False) if not pixels]

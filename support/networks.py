@@ -48,31 +48,28 @@ def load_file(spec):
         with torch.no_grad():
             K = model(torch.zeros(1, 3, *(model.image_size or (256, 256)))).shape[1]
     except Exception as error:                                   # of any kind: the code is not ours
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{spec} failed: {type(error).__name__}: {reason}") from error
+        message = f"{spec} failed: {type(error).__name__}: {error}"
+        raise ValueError(message.split("\n")[0]) from error
     model.name, model.num_classes = spec, K
-    model.class_names = model.class_names or [f"class {k}" for k in range(K)]
-    return model
+    return with_names(model, model.class_names or [f"class {k}" for k in range(K)])
 
 
-def load_network(name, num_classes=None, class_names=None, **more):
+def load_network(name, class_names, image_size, **more):
     """Return the network of a name in models.MODELS, or of a path/to/file.py:function.
 
-    num_classes, class_names: see `with_names`. more: see `models.build_model`; a network of a file
-    keeps its own mean and std.
+    more: see `models.build_model`; a network of a file keeps its own mean and std.
     """
-    model = load_file(name) if ":" in name else build_model(name, num_classes, **more)
-    model.image_size = more.get("image_size") or model.image_size
-    return with_names(model, num_classes, class_names)
+    model = load_file(name) if ":" in name else build_model(name, len(class_names), **more)
+    model.image_size = image_size
+    return with_names(model, class_names)
 
 
-def with_names(model, num_classes=None, class_names=None):
+def with_names(model, class_names):
     """Return the model with these class names; ValueError if it has another number of classes."""
-    model.class_names = list(class_names or model.class_names)
-    for count in (num_classes or model.num_classes, len(model.class_names)):
-        if count != model.num_classes:
-            raise ValueError(f"{model.name} has {model.num_classes} classes, expected {count} "
-                             f"({', '.join(model.class_names)})")
+    if len(class_names) != model.num_classes:
+        raise ValueError(f"{model.name} has {model.num_classes} classes, expected "
+                         f"{len(class_names)} ({', '.join(class_names)})")
+    model.class_names = list(class_names)
     return model
 
 
@@ -83,7 +80,7 @@ def find_weights(state, path):
     weights = {key: value for key, value in found.items() if torch.is_tensor(value)}
     if not weights:
         raise ValueError(f"{path} holds no state dict, neither bare nor as {', '.join(PLACES)}; it "
-                         f"holds {', '.join(map(str, list(state)[:8]))}")
+                         f"holds {list(state)[:8]}")
     return weights
 
 
@@ -104,9 +101,9 @@ def fit_weights(network, weights, path):
     prefixes = [key.removesuffix(keys[-1]) for key in weights if key.endswith(keys[-1])] or [""]
     prefix = max(prefixes, key=lambda p: sum(p + key in weights for key in keys))
     left = [key for key in weights if not key.startswith(prefix) or "aux_classifier." in key]
+    fitting = {key.removeprefix(prefix): weights[key] for key in weights if key not in left}
     try:
-        network.load_state_dict({key.removeprefix(prefix): value for key, value in weights.items()
-                                 if key not in left})
+        network.load_state_dict(fitting)
     except RuntimeError as error:
         reason = str(error).split("\n")[1].strip()
         raise ValueError(f"{path} does not fit the network: {reason:.200} ... (its first key is "

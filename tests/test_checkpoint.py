@@ -24,28 +24,14 @@ def saved(tmp_path):
     return tmp_path / "m.pt"
 
 
-def test_tensors_and_plain_values_come_back_bit_for_bit(tmp_path):
-    state = {"a": torch.tensor([1.0, -0.0, torch.inf, 1e-45]), "b": [1, 0.1, "x", None, (2, True)],
-             "c": torch.arange(3, dtype=torch.bfloat16), "d": torch.tensor(2 ** 62)}
-    save(state, tmp_path / "new" / "s.pt")
-    back = load(tmp_path / "new" / "s.pt")
-    assert back["b"] == state["b"] and list(back) == list(state)
-    for key in "acd":
-        assert back[key].dtype == state[key].dtype and torch.equal(back[key], state[key])
-    assert back["a"][1].signbit()
-
-
 def test_a_model_comes_back_with_all_that_belongs_to_it(tmp_path):
     model = trained(mean=(0.1, 0.2, 0.3), std=(1, 0.5, 0.2), class_names="abcd",
                     image_size=(64, 96))
-    save_model(model, tmp_path / "m.pt")
-    back = load_model(tmp_path / "m.pt", "resnet_tiny", 4)
+    save_model(model, tmp_path / "new" / "m.pt")
+    back = load_model(tmp_path / "new" / "m.pt")
     assert (back.name, back.num_classes, back.class_names) == ("resnet_tiny", 4, list("abcd"))
     assert back.image_size == (64, 96) and not back.training
-    assert back.state_dict().keys() == model.state_dict().keys()
-    assert all(torch.equal(back.state_dict()[k], v) for k, v in model.state_dict().items())
-    x = torch.rand(2, 3, 32, 48)
-    assert torch.equal(back(x), model(x))
+    assert fingerprint(back) == fingerprint(model)
     save_model(trained(), tmp_path / "sizeless.pt")
     assert load_model(tmp_path / "sizeless.pt").image_size is None
 
@@ -77,8 +63,10 @@ class Malicious:
 def test_a_file_that_holds_code_is_refused_and_the_code_is_not_run(tmp_path, write, read):
     path, marker = tmp_path / "evil.pt", tmp_path / "it ran"
     write({"format": "dfss-1", "model": Malicious(marker)}, path)
-    with pytest.raises(ValueError, match=r"evil\.pt .*nothing in it was run") as caught:
+    message = r"evil\.pt is damaged, or holds code, such as a whole network \(nothing in it was run"
+    with pytest.raises(ValueError, match=message) as caught:
         load_model(path)
+    assert "weights_only" not in str(caught.value)       # torch's way around the safeguard
     assert "\n" not in str(caught.value) and not marker.exists()
     read(path)
     assert marker.exists()                                       # so the danger was real
@@ -86,20 +74,16 @@ def test_a_file_that_holds_code_is_refused_and_the_code_is_not_run(tmp_path, wri
 
 def test_a_file_of_another_program_is_named_for_what_it_is(tmp_path):
     network, x = nn.Conv2d(3, 2, 1), torch.rand(1, 3, 4, 4)
-    torch.save(network, tmp_path / "whole.pt")
     torch.jit.trace(network, x).save(tmp_path / "script.pt")
     torch.export.save(torch.export.export(network, (x,)), tmp_path / "exported.pt2")
     (tmp_path / "run").mkdir()
-    for name, kind in (("whole.pt", "damaged, or holds code, such as a whole network"),
-                       ("script.pt", "a TorchScript program"), ("run", "a folder"),
+    for name, kind in (("script.pt", "a TorchScript program"), ("run", "a folder"),
                        ("exported.pt2", "an exported program")):
-        with pytest.raises(ValueError, match=f"{name} is {kind} .*expected a student.pt, a t") as e:
+        with pytest.raises(ValueError, match=f"{name} is {kind} .*expected a student.pt, a t"):
             load_model(tmp_path / name, "resnet_tiny")
-        assert "weights_only" not in str(e.value)        # torch's way around the safeguard
 
 
-@pytest.mark.parametrize("content", [0, 1, 100, -200, b"hello\n", b"GIF89a", b"<html>", b"\x80\x02",
-                                     b"}q", b"]q\x00.", b"I1\na"])
+@pytest.mark.parametrize("content", [0, 100, -200, b"GIF89a", b"\x80\x02", b"}q", b"I1\na"])
 def test_a_truncated_file_or_one_of_another_kind_is_one_clear_sentence(saved, content):
     whole = saved.read_bytes()
     saved.write_bytes(whole[:content] if isinstance(content, int) else content)
@@ -115,30 +99,18 @@ def test_a_file_of_another_format_needs_the_name_of_its_network(tmp_path, state)
         load_model(tmp_path / "m.pt")
 
 
-def test_another_model_or_class_count_than_expected_is_said(saved):
-    with pytest.raises(ValueError, match="m.pt does not fit the network: Missing key"):
-        load_model(saved, "fcn_resnet50")
-    with pytest.raises(ValueError, match="resnet_tiny has 4 classes, expected 11"):
-        load_model(saved, num_classes=11)
-
-
 # ---------------------------------------------------------------- never half written
-
-def files(folder):
-    return sorted(path.name for path in folder.iterdir())
-
 
 def test_a_new_file_appears_only_when_it_is_whole_and_an_error_leaves_the_old_one(tmp_path):
     path = tmp_path / "deeper" / "f.json"
     with atomic(path) as temporary:
         temporary.write_text("first")
-        assert files(path.parent) == [temporary.name]
+        assert not path.exists()
     save_json({"old": 1}, path)
     with pytest.raises(KeyError), atomic(path) as temporary:
         temporary.write_text("half")
-        assert json.loads(path.read_text()) == {"old": 1}
         raise KeyError
-    assert json.loads(path.read_text()) == {"old": 1} and files(path.parent) == ["f.json"]
+    assert json.loads(path.read_text()) == {"old": 1} and list(path.parent.iterdir()) == [path]
 
 
 def test_a_disk_that_fills_up_keeps_the_old_checkpoint(saved):
@@ -150,5 +122,4 @@ def test_a_disk_that_fills_up_keeps_the_old_checkpoint(saved):
             save({"new": torch.ones(100_000)}, saved)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert saved.read_bytes() == before and files(saved.parent) == ["m.pt"]
-    assert load_model(saved).num_classes == 4
+    assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]

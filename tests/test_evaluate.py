@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import nearest_colour
-from pictures import coordinates, folder, mask
+from pictures import coordinates, folder, mask, write
 from PIL import Image
 from torch import nn
 
@@ -57,26 +57,23 @@ def test_the_confusion_matrix_equals_slow_loops_and_rows_are_truth():
     matrix = confusion_matrix(prediction, target, 4)
     assert matrix.dtype == torch.int64 and matrix.tolist() == slow_matrix(prediction, target, 4)
     assert torch.equal(matrix, confusion_matrix(prediction.byte(), target.byte(), 4))
-    assert confusion_matrix(torch.tensor([2]), torch.tensor([1]), 3)[1, 2] == 1
     ignored = confusion_matrix(torch.tensor([2, 7, -1]), torch.tensor([0, 9, 9]), 3, ignore_index=9)
     assert ignored.sum() == ignored[0, 2] == 1                   # predicted as anything
 
 
-@pytest.mark.parametrize("classes", [4, 6])                      # two of them occur nowhere
-def test_mean_iou_equals_slow_loops_and_leaves_absent_classes_out(classes):
+def test_mean_iou_equals_slow_loops_and_leaves_absent_classes_out():
     prediction, target = labels(15, 20)
     pairs = [(p, t) for p, t in zip(prediction.flatten().tolist(), target.flatten().tolist(),
                                     strict=True) if t != 255]
     slow = [sum(p == t == k for p, t in pairs) / sum(k in pair for pair in pairs) for k in range(4)]
-    miou, iou = mean_iou(confusion_matrix(prediction, target, classes))
-    assert iou.tolist() == pytest.approx(slow + [ABSENT] * (classes - 4), nan_ok=True, abs=1e-6)
+    miou, iou = mean_iou(confusion_matrix(prediction, target, 6))    # two of them occur nowhere
+    assert iou.tolist() == pytest.approx([*slow, ABSENT, ABSENT], nan_ok=True, abs=1e-6)
     assert miou.item() == pytest.approx(sum(slow) / 4, abs=1e-6)
 
 
 @pytest.mark.parametrize(("prediction", "target", "message"), [
-    ([0, 3], [0, 1], r"prediction values must lie in 0\.\.2 .*got 0\.\.3"),
-    ([0, -1], [0, 1], "prediction values"), ([0, 1], [0, 3], "target values"),
-    ([-1, 0], [-1, 0], r"target values .*got -1\.\.0"),
+    ([0, 3], [0, 1], r"prediction values 0\.\.3, not 0"), ([0, -1], [0, 1], "prediction values"),
+    ([0, 1], [0, 3], "target values"), ([-1, 0], [-1, 0], r"target values -1\.\.0, not 0\.\.2"),
     ([0, 1], [0], "same shape")])
 def test_values_and_shapes_that_do_not_fit_are_refused(prediction, target, message):
     with pytest.raises(ValueError, match=message):
@@ -117,12 +114,10 @@ def test_the_score_depends_neither_on_batches_nor_on_bytes_and_targets_keep_thei
     assert not model.training
 
 
-def test_labels_outside_the_classes_and_a_target_for_several_images_are_refused():
-    for value in (3, 4, 200, -1):                                # the network may have more outputs
-        with pytest.raises(ValueError, match=rf"target values must lie in 0\.\.2 .*got .*{value}"):
+def test_labels_outside_the_classes_are_refused_also_if_the_network_has_more_outputs():
+    for value in (3, -1):
+        with pytest.raises(ValueError, match=rf"target values .*{value}, not 0\.\.2"):
             evaluate(network(5), [(torch.rand(1, 3, 8, 8), torch.full((1, 8, 8), value))], 3)
-    with pytest.raises(ValueError, match="must have the same shape"):
-        evaluate(network(), [(torch.rand(2, 3, 8, 8), torch.zeros(1, 8, 8).long())], 3)
 
 
 def test_a_reference_is_used_instead_of_the_targets():
@@ -153,14 +148,12 @@ def test_the_report_has_one_line_per_class_and_a_dash_for_an_absent_one():
 @pytest.fixture
 def photos(tmp_path):
     """Return a folder of two pictures and a file that is none."""
-    folder = tmp_path / "photos"
-    (folder / "deeper").mkdir(parents=True)
     rng = np.random.default_rng(0)
     for name, size in (("a.jpg", (50, 40)), ("deeper/b.png", (31, 64))):
         small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        small.resize(size, Image.BICUBIC).save(folder / name)
-    (folder / "broken.png").write_text("not an image")
-    return folder
+        write(tmp_path / "photos" / name, small.resize(size, Image.BICUBIC))
+    (tmp_path / "photos" / "broken.png").write_text("not an image")
+    return tmp_path / "photos"
 
 
 def camvid_model(size=(32, 48)):
@@ -179,11 +172,11 @@ def test_voc_is_scored_at_each_images_own_resolution(voc_tree, tmp_path, monkeyp
     metrics = main(["--checkpoint", "any.pt", "--device", "cpu", "--dataset", "voc", "--data-root",
                     str(voc_tree), "--image-size", "96", "96", "--out", str(tmp_path / "m.json")])
     expected = {"background": 13568 / 14080, "person": 1024 / 1536}
-    assert {name: iou for name, iou in metrics["iou"].items() if iou is not None} == expected
+    assert metrics["iou"] == {**dict.fromkeys(VOC), **expected}
     assert metrics["miou"] == pytest.approx(sum(expected.values()) / 2)
     assert metrics["pixel_accuracy"] == pytest.approx((13568 + 1024) / 15104)
     written = json.loads((tmp_path / "m.json").read_text())
-    assert written["iou"] == metrics["iou"] and list(written["iou"]) == list(VOC)
+    assert written["iou"] == metrics["iou"] and written["config"]["dataset"] == "voc"
     assert f"mean IoU {100 * metrics['miou']:22.1f}" in capsys.readouterr().out
 
 
@@ -197,8 +190,7 @@ def test_masks_keep_names_and_sizes_hold_classes_with_colours_and_are_blended_on
     assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*.*")) == [
         "a.overlay.jpg", "a.png", "deeper/b.overlay.jpg", "deeper/b.png"]
     written = Image.open(out / "deeper" / "b.png")
-    assert written.mode == "P" and written.size == (31, 64)
-    assert Image.open(out / "a.png").size == (50, 40)
+    assert written.mode == "P" and Image.open(out / "a.png").size == (50, 40)
     assert written.getpalette()[:33] == [c for rgb in class_colours(CAMVID) for c in rgb]
     # b.png is 31 x 64: it covers 32 x 48 at 48 x 99, and its classes are found there.
     photo = Image.open(photos / "deeper" / "b.png")
@@ -223,24 +215,17 @@ def test_two_images_of_one_name_get_two_masks_and_classes_without_names_get_colo
         assert colours[:9] == [0, 0, 0, 128, 0, 0, 0, 128, 0]                    # VOC's
 
 
-def test_masks_are_not_written_among_the_images(photos):
-    before = (photos / "deeper" / "b.png").read_bytes()
-    for out in (photos, photos / "masks"):
-        with pytest.raises(ValueError, match="lies in the folder of the images"):
-            write_masks(camvid_model(), photos, out, (32, 48), "cpu")
-    assert (photos / "deeper" / "b.png").read_bytes() == before
-
-
 def test_what_is_missing_on_the_command_line_and_labels_that_do_not_fit_are_named(
         photos, tmp_path):
     save_model(camvid_model(size=None), tmp_path / "m.pt")
-    checkpoint, images = ["--checkpoint", str(tmp_path / "m.pt")], ["--images", str(photos)]
     data = folder(tmp_path / "data", coordinates(8, 8), 255 * mask([0, 1] * 4).repeat(8, axis=0))
-    labelled = ["--dataset", "folder", "--data-root", str(data)]
+    model, sized = f"--checkpoint {tmp_path}/m.pt", "--image-size 32 48"
     for words, message in (
-            ([*checkpoint, *images], "m.pt does not say its image size; give --image-size"),
-            ([*checkpoint, *images, "--image-size", "32", "48"], "--out is missing"),
-            ([*checkpoint, *labelled, "--image-size", "32", "48"], "saved as 0 and 255"),
-            (images, "name a checkpoint")):
+            (f"{model} --images {photos}", "m.pt does not say its image size; give --image-size"),
+            (f"{model} {sized} --images {photos}", "--out is missing"),
+            (f"{model} {sized} --images {photos} --out {photos}/masks", "in the folder of the im"),
+            (f"{model} {sized} --images {photos} --out {photos}", "in the folder of the images"),
+            (f"{model} {sized} --dataset folder --data-root {data}", "saved as 0 and 255"),
+            (f"--images {photos}", "name a checkpoint")):
         with pytest.raises(ValueError, match=message):
-            main(words)
+            main(words.split())

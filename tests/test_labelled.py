@@ -5,21 +5,35 @@ import shutil
 import numpy as np
 import pytest
 import torch
-import torchvision
 from pictures import coordinates, folder, mask, write
 from PIL import Image
 
-from support.data import Views
-from support.images import load_image
 from support.labelled import CAMVID, CITYSCAPES, VOC, check_labels, class_colours, open_labelled
 
+
+def labelled(root, *rows, classes=None, names=(), name="a.png"):
+    """Write a picture with a mask of these rows, and a classes.txt; return the folder opened."""
+    labels = mask(*rows)
+    folder(root, coordinates(*labels.shape[::-1]), labels, name)
+    if names:
+        (root / "classes.txt").write_text("\n".join(names))
+    return open_labelled("folder", root, "val", labels.shape, classes)
+
+
+def counts(data):
+    """Return {class: pixels} over all labels of a data set."""
+    values, numbers = torch.cat([target.flatten() for _, target in data]).unique(return_counts=True)
+    return dict(zip(values.tolist(), numbers.tolist(), strict=True))
+
+
+# ---------------------------------------------------------------- layouts
 
 def test_camvid_is_read_with_its_void_and_by_sequence(tmp_path):
     for name in ("0001TP_006690.png", "0006R0_f00930.jpg", "0016E5_00390.png"):
         write(tmp_path / "train" / name, coordinates(6, 2))
         write(tmp_path / "trainannot" / f"{name[:-4]}.png",
               mask([0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]))
-    data = open_labelled("camvid", tmp_path, "train", (4, 12), 11)
+    data = open_labelled("camvid", tmp_path, "train", (4, 12))
     assert len(data) == 3 and data.class_names[3] == "road" and data.class_names[10] == "bicyclist"
     for image, target in data:
         assert image.shape == (3, 4, 12) and image.dtype == torch.uint8
@@ -41,17 +55,11 @@ def test_a_folder_is_read_with_and_without_a_split_and_paired_below_subfolders(t
         assert [target.tolist() for _, target in data] == [[[0, 0], [0, 255]], [[1, 1], [1, 255]]]
 
 
-def counts(data):
-    """Return {class: pixels} over all labels of a data set."""
-    values, numbers = torch.cat([target.flatten() for _, target in data]).unique(return_counts=True)
-    return dict(zip(values.tolist(), numbers.tolist(), strict=True))
-
-
 def test_pascal_voc_is_read_by_split_from_palette_masks_at_each_images_own_size(voc_tree):
     sizes = {"train": [(64, 90), (64, 90)], "val": [(48, 80), (120, 96)]}
     sizes["trainval"] = sizes["train"] + sizes["val"]
     for split, expected in sizes.items():
-        data = open_labelled("voc", voc_tree, split, (24, 24), 21)
+        data = open_labelled("voc", voc_tree, split, (24, 24))
         assert [tuple(target.shape) for _, target in data] == expected
         pixels, n = sum(h * w for h, w in expected), len(expected)
         assert counts(data) == {0: pixels - 640 * n, 15: 512 * n, 255: 128 * n}
@@ -63,7 +71,7 @@ def test_pascal_voc_is_read_by_split_from_palette_masks_at_each_images_own_size(
 def test_trainaug_takes_the_added_masks_however_its_list_is_written(voc_tree, line):
     path = voc_tree / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "trainaug.txt"
     path.write_text("".join(line.format(name) for name in ("2007_000032", "2008_000002")))
-    data = open_labelled("voc", voc_tree, "trainaug", (24, 24), 21)
+    data = open_labelled("voc", voc_tree, "trainaug", (24, 24))
     assert [path.name for path in data.images] == ["2007_000032.jpg", "2008_000002.jpg"]
     assert {path.parent.name for path in data.labels} == {"SegmentationClassAug"}
     assert counts(data) == {0: 2 * (64 * 90 - 640), 15: 1024, 255: 256}
@@ -74,24 +82,12 @@ def test_download_fetches_pascal_voc_only_if_it_is_not_there(voc_tree, tmp_path,
 
     def fetch(root, download):
         fetched.append(root)
-        shutil.copytree(voc_tree, root, dirs_exist_ok=True)
+        shutil.copytree(voc_tree, root)
 
-    monkeypatch.setattr(torchvision.datasets, "VOCSegmentation", fetch)
-    new = tmp_path / "new"
-    assert len(open_labelled("voc", new, "val", (24, 24), download=True)) == 2
-    assert len(open_labelled("voc", new, "val", (24, 24), download=True)) == 2
-    assert fetched == [new]
-
-
-def test_cityscapes_is_read_in_file_order_with_its_ignored_pixels(cityscapes_tree):
-    train = open_labelled("cityscapes", cityscapes_tree, "train", (32, 64), 19)
-    assert [path.name[:13] for path in train.images] == ["aachen_000000", "aachen_000001",
-                                                         "bochum_000000"]
-    val = open_labelled("cityscapes", cityscapes_tree, "val", (32, 64), 19)
-    assert [path.name for path in val.labels] == ["frankfurt_000000_000294_gtFine_labelIds.png",
-                                                  "munster_000000_000019_gtFine_labelIds.png"]
-    assert counts(val) == {0: 2 * 1280, 13: 2 * 256, 255: 2 * 512}
-    assert val.class_names[::9] == ["road", "terrain", "bicycle"]
+    monkeypatch.setattr("support.labelled.VOCSegmentation", fetch)
+    for _ in range(2):
+        assert len(open_labelled("voc", tmp_path / "new", "val", (24, 24), download=True)) == 2
+    assert fetched == [tmp_path / "new"]
 
 
 # The official table of labels: the id of each of the nineteen classes.
@@ -99,156 +95,19 @@ OFFICIAL = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 
             25: 12, 26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
 
 
-def test_cityscapes_ids_become_the_official_classes_and_train_ids_are_refused(cityscapes_tree):
+def test_cityscapes_is_read_in_file_order_by_the_official_table_that_no_train_id_passes(
+        cityscapes_tree):
     data = open_labelled("cityscapes", cityscapes_tree, "val", (32, 64))
+    assert [path.name for path in data.labels] == ["frankfurt_000000_000294_gtFine_labelIds.png",
+                                                   "munster_000000_000019_gtFine_labelIds.png"]
+    assert counts(data) == {0: 2 * 1280, 13: 2 * 256, 255: 2 * 512}
+    assert data.class_names[::9] == ["road", "terrain", "bicycle"]
     every = Image.fromarray(np.arange(34, dtype=np.uint8).reshape(2, 17))
     expected = [OFFICIAL.get(i, 255) for i in range(34)]
     assert data.classes(every, 0).flatten().tolist() == expected
     write(data.labels[0], np.array(expected, dtype=np.uint8)[np.asarray(data.mask(0))])
     with pytest.raises(ValueError, match=r"labelIds.png holds .*\[255\].*see docs/data.md"):
         data[0]
-
-
-def test_a_classes_txt_names_the_values_with_void_wherever_it_is(tmp_path):
-    # NYUv2's 13 classes as they are commonly distributed: 0 is void, classes count from 1.
-    nyu = [f"thing {k}" for k in range(1, 14)]
-    root = folder(tmp_path, coordinates(7, 2), np.arange(14, dtype=np.uint8).reshape(2, 7))
-    with pytest.raises(ValueError, match=r"\[13\].*13 classes.*docs/data.md.*classes.txt"):
-        open_labelled("folder", root, "val", (2, 7), 13)[0]
-    (root / "classes.txt").write_text("\n".join(["void", *nyu]) + "\n")
-    data = open_labelled("folder", root, "val", (2, 7))
-    assert data.class_names == nyu
-    assert data[0][1].flatten().tolist() == [255, *range(13)]
-    (root / "classes.txt").write_text("wall\n\nfloor\nvoid\nwall\n")              # values merged
-    merged = open_labelled("folder", root, "val", (2, 7), 2)
-    assert merged.table[:6].tolist() == [0, 255, 1, 255, 0, -1] and merged.table[255] == 255
-    with pytest.raises(ValueError, match="folder has 2 classes, expected 1 to 1 "):
-        open_labelled("folder", root, "val", (2, 7), 1)
-    assert open_labelled("folder", root, "val", (2, 7), 13).class_names == ["wall", "floor"]
-
-
-def test_a_classes_txt_from_windows_is_read_and_one_that_is_no_utf_8_is_named(tmp_path):
-    folder(tmp_path, coordinates(4, 2), mask([0, 1, 2, 1], [0, 0, 2, 2]))
-    (tmp_path / "classes.txt").write_text("\ufeffVoid\r\nroad\r\nsky\r\n", encoding="utf-8")
-    data = open_labelled("folder", tmp_path, "val", (2, 4))
-    assert data.class_names == ["road", "sky"] and data[0][1].tolist()[0] == [255, 0, 1, 0]
-    (tmp_path / "classes.txt").write_text("rue\nforêt\n", encoding="latin-1")
-    with pytest.raises(ValueError, match=r"classes\.txt is no UTF-8 text; save it again"):
-        open_labelled("folder", tmp_path, "val", (1, 2))
-
-
-def test_masks_of_8_bits_have_room_for_255_classes(tmp_path):
-    folder(tmp_path, coordinates(2, 1), mask([0, 254]))
-    names = [f"thing {k}" for k in range(255)]
-    for more in ([], ["void"], ["void", "void"]):
-        (tmp_path / "classes.txt").write_text("\n".join(names + more))
-        assert open_labelled("folder", tmp_path, "val", (1, 2))[0][1].tolist() == [[0, 254]]
-    for lines in (["one more", *names], ["void", *names]):         # its last name is the value 255
-        (tmp_path / "classes.txt").write_text("\n".join(lines))
-        with pytest.raises(ValueError, match=r"folder has 25. classes, expected 1 to 255 .* below"):
-            open_labelled("folder", tmp_path, "val", (1, 2))
-    (tmp_path / "classes.txt").unlink()
-    with pytest.raises(ValueError, match="folder has 300 classes"):
-        open_labelled("folder", tmp_path, "val", (1, 2), 300)
-
-
-@pytest.mark.parametrize(("labels", "how", "message"), [
-    (mask([0, 7]), {}, r"labels.a.png holds the label values \[7\].* 3 classes"),
-    (coordinates(2, 1), {}, "a.png is a PNG picture of mode RGB; expected an index mask"),
-    (mask([0, 1]), {"format": "JPEG"}, "is a JPEG picture of mode L; expected .* lossless"),
-    (mask([0, 1, 2]), {}, "a.png is 3x1, but its image 2x1"), (None, {}, r"a\.png: Unidentified")])
-def test_a_label_that_cannot_be_trusted_is_named_with_its_file(tmp_path, labels, how, message):
-    folder(tmp_path, coordinates(2, 1), mask([0, 1]))
-    if labels is None:
-        (tmp_path / "labels" / "a.png").write_bytes(b"damaged")
-    else:
-        write(tmp_path / "labels" / "a.png", labels, **how)
-    with pytest.raises(ValueError, match=message):
-        open_labelled("folder", tmp_path, "", (1, 2), 3)[0]
-
-
-def save_again(path):
-    """Save a palette mask as an image editor may: the same colours, its indices 0, 1, 2 ..."""
-    old = Image.open(path)
-    values, again = np.unique(np.asarray(old), return_inverse=True)
-    new = Image.fromarray(again.reshape(old.height, old.width).astype(np.uint8))
-    palette = np.array(old.getpalette()).reshape(-1, 3)
-    new.putpalette(palette[values].flatten().tolist())
-    assert np.array_equal(np.asarray(new.convert("RGB")), np.asarray(old.convert("RGB")))
-    new.save(path)
-
-
-def test_a_voc_mask_whose_classes_an_image_editor_renumbered_is_refused(voc_tree):
-    data = open_labelled("voc", voc_tree, "val", (24, 24), 21)
-    check_labels(data)
-    save_again(data.labels[0])
-    with pytest.raises(ValueError, match=r"33.png gives the value 1 the colour \(192, 128, 128\), "
-                                         r"not \(128, 0, 0\); has an editor renumbered"):
-        check_labels(data)
-
-
-def test_masks_of_a_folder_whose_palettes_contradict_each_other_are_refused(tmp_path):
-    for name, values in (("a.png", [0, 1, 2, 2]), ("b.png", [0, 2, 2, 2])):
-        labels = Image.fromarray(mask(values))
-        labels.putpalette([0, 0, 0, 250, 0, 0, 0, 250, 0])
-        folder(tmp_path, coordinates(4, 1), labels, name)
-    check_labels(open_labelled("folder", tmp_path, "val", (1, 4), 3))
-    save_again(tmp_path / "labels" / "b.png")
-    with pytest.raises(ValueError, match=r"b.png gives the value 1 the colour \(0, 250, 0\), not"):
-        check_labels(open_labelled("folder", tmp_path, "val", (1, 4), 3))
-
-
-def test_classes_that_no_label_has_are_warned_of_and_0_and_255_for_two_classes_refused(
-        tmp_path, capsys):
-    for values, classes, message in (([0, 1, 0, 255], 2, ""), ([0, 2, 0, 255], 4, (
-            "warning: no label has class 1, class 3; classes found: 0, 2, 255 (255: void)\n"))):
-        folder(tmp_path, coordinates(4, 1), mask(values))
-        check_labels(open_labelled("folder", tmp_path, "", (1, 4), classes))
-        assert capsys.readouterr().out == message
-    (tmp_path / "classes.txt").write_text("background\ncrack\n")
-    folder(tmp_path, coordinates(4, 1), mask([0, 255, 0, 255]))
-    with pytest.raises(ValueError, match=r"no label has crack; classes found: 0, 255 .*; are two"):
-        check_labels(open_labelled("folder", tmp_path, "val", (1, 4)))
-
-
-def test_a_network_with_other_class_names_is_warned_of_but_may_have_more_behind(tmp_path, capsys):
-    root = folder(tmp_path, coordinates(2, 1), mask([0, 1]))
-    (root / "classes.txt").write_text("road\nsky\n")
-    data = open_labelled("folder", root, "val", (1, 2), 3)
-    check_labels(data, ["Road", "_sky_", "background"])
-    assert capsys.readouterr().out == ""
-    check_labels(data, ["sky", "road"])
-    assert "classes are road, sky, the network's sky, road" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("turn", [3, 6])
-def test_an_image_that_belongs_to_a_label_is_read_as_its_pixels_are_stored(
-        tmp_path, monkeypatch, turn):
-    monkeypatch.setattr("support.data.MAX_SCALE", 1)
-    monkeypatch.setattr("support.data.JITTER", 0)
-    exif = Image.Exif()
-    exif[0x0112] = turn
-    labels = mask(*[[0] * 8 + [1] * 8] * 16)                       # square, left and right
-    write(tmp_path / "images" / "a.png", Image.fromarray(200 * labels).convert("RGB"), exif=exif)
-    write(tmp_path / "labels" / "a.png", labels)
-    data = open_labelled("folder", tmp_path, "val", (16, 16), 2)
-    image, target = data[0]
-    assert torch.equal(image[0] > 100, target == 1)
-    x, y = Views(data.images, (16, 16), 0, labelled=data)[0, 0]
-    assert torch.equal(x[0] > 100, y == 1)
-    upright = np.asarray(load_image(data.images[0]))               # as a photo is
-    assert not np.array_equal(upright[..., 0] > 100, labels == 1)
-
-
-def test_an_image_without_a_label_or_with_two_is_named(tmp_path):
-    root = folder(tmp_path, coordinates(2, 1), mask([0, 1]))
-    write(root / "labels" / "a.bmp", mask([0, 1]))
-    with pytest.raises(ValueError, match=r"a\.png has 2 labels of its name in .*labels, not 1"):
-        open_labelled("folder", root, "val", (1, 2), 2)
-    (root / "labels" / "a.bmp").unlink()
-    write(root / "images" / "b.png", coordinates(2, 1))
-    with pytest.raises(ValueError, match=r"b\.png has 0 labels of its name in .*labels, not 1"):
-        open_labelled("folder", root, "val", (1, 2), 3)
 
 
 @pytest.mark.parametrize("dataset", ["scenes", "camvid", "voc", "cityscapes", "folder"])
@@ -258,21 +117,109 @@ def test_data_that_is_not_there_is_a_file_not_found_error(tmp_path, dataset):
             open_labelled(dataset, root, "val", (4, 4), 3 if dataset == "folder" else None)
 
 
-def test_a_wrong_or_an_unknown_number_of_classes_is_refused(tmp_path):
-    write(tmp_path / "val" / "a.png", coordinates(2, 1))
-    write(tmp_path / "valannot" / "a.png", mask([0, 1]))
-    with pytest.raises(ValueError, match="camvid has 11 classes, expected 1 to 10 "):
-        open_labelled("camvid", tmp_path, "val", (4, 4), 10)
-    assert len(open_labelled("camvid", tmp_path, "val", (4, 4), 12).class_names) == 11
-    folder(tmp_path, coordinates(2, 1), mask([0, 1]))
-    with pytest.raises(ValueError, match="folder has 0 classes.*classes.txt"):
-        open_labelled("folder", tmp_path, "", (4, 4))
+@pytest.mark.parametrize(("extra", "message"), [
+    ("labels/a.bmp", r"a\.png has 2 labels of its name in .*labels, not 1"),
+    ("images/b.png", r"b\.png has 0 labels of its name in .*labels, not 1")])
+def test_an_image_without_a_label_or_with_two_is_named(tmp_path, extra, message):
+    write(tmp_path / extra, mask([0, 1]))
+    with pytest.raises(ValueError, match=message):
+        labelled(tmp_path, [0, 1], classes=2)
+
+
+# ---------------------------------------------------------------- names and numbers of classes
+
+def test_a_classes_txt_names_the_values_with_void_wherever_it_is(tmp_path):
+    # NYUv2's 13 classes as they are commonly distributed: 0 is void, classes count from 1.
+    nyu, rows = [f"thing {k}" for k in range(1, 14)], (list(range(7)), list(range(7, 14)))
+    with pytest.raises(ValueError, match=r"\[13\].*13 classes.*docs/data.md.*classes.txt"):
+        labelled(tmp_path, *rows, classes=13)[0]
+    data = labelled(tmp_path, *rows, names=["void", *nyu, ""])
+    assert data.class_names == nyu and data[0][1].flatten().tolist() == [255, *range(13)]
+    merged = labelled(tmp_path, *rows, names=["wall", "", "floor", "void", "wall"])
+    assert merged.class_names == ["wall", "floor"]
+    assert merged.table[:6].tolist() == [0, 255, 1, 255, 0, -1] and merged.table[255] == 255
+
+
+def test_a_classes_txt_from_windows_is_read_and_one_that_is_no_utf_8_is_named(tmp_path):
+    (tmp_path / "classes.txt").write_text("\ufeffVoid\r\nroad\r\nsky\r\n", encoding="utf-8")
+    data = labelled(tmp_path, [0, 1, 2])
+    assert data.class_names == ["road", "sky"] and data[0][1].tolist() == [[255, 0, 1]]
+    (tmp_path / "classes.txt").write_text("rue\nforêt\n", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"classes\.txt is no UTF-8 text; save it again"):
+        labelled(tmp_path, [0, 1])
+
+
+def test_masks_of_8_bits_have_room_for_1_to_255_classes(tmp_path):
+    names = [f"thing {k}" for k in range(255)]
+    for more in ([], ["void"], ["void", "void"]):
+        assert labelled(tmp_path, [0, 254], names=names + more)[0][1].tolist() == [[0, 254]]
+    for wrong in (["void", *names], [*names, "more", "and more"]):
+        with pytest.raises(ValueError, match=r"folder has 25. classes, expected 1 to 255 .* below"):
+            labelled(tmp_path, [0, 254], names=wrong)
+    (tmp_path / "classes.txt").unlink()
+    for count in (300, 0):
+        with pytest.raises(ValueError, match=rf"folder has {count} classes.*classes\.txt"):
+            labelled(tmp_path, [0, 254], classes=count)
+
+
+def test_a_network_with_other_or_fewer_classes_is_noticed_but_may_have_more_behind(
+        tmp_path, capsys):
+    data = labelled(tmp_path, [0, 1], names=["road", "sky"])
+    for names in (None, ["Road", "_sky_", "background"], ["class 0", "class 1"]):
+        check_labels(data, names)
+    assert capsys.readouterr().out == ""
+    check_labels(data, ["sky", "road"])
+    assert "classes are road, sky, the network's sky, road" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="the labels have 2 classes, but the network has 1"):
+        check_labels(data, ["road"])
+
+
+# ---------------------------------------------------------------- masks that cannot be trusted
+
+@pytest.mark.parametrize(("labels", "how", "message"), [
+    (mask([0, 7]), {}, r"labels.a.png holds the label values \[7\].* 3 classes"),
+    (coordinates(2, 1), {}, r"a.png is PNG \(RGB\); expected an 8-bit index PNG"),
+    (mask([0, 1]), {"format": "JPEG"}, r"is JPEG \(L\); expected an 8-bit index PNG"),
+    (mask([0, 1, 2]), {}, r"a.png has size \(3, 1\), its image \(2, 1\)"),
+    (None, {}, r"a\.png: Unidentified")])
+def test_a_label_that_cannot_be_trusted_is_named_with_its_file(tmp_path, labels, how, message):
+    data = labelled(tmp_path, [0, 1], classes=3)
+    data.labels[0].write_bytes(b"damaged")
+    if labels is not None:
+        write(data.labels[0], labels, **how)
+    with pytest.raises(ValueError, match=message):
+        data[0]
+
+
+def test_a_mask_whose_classes_an_image_editor_renumbered_is_refused(voc_tree, tmp_path):
+    picture = Image.fromarray(mask([0, 1, 2]))
+    picture.putpalette([0, 0, 0, 250, 0, 0, 0, 250, 0])
+    for name in ("a.png", "b.png"):
+        folder(tmp_path, coordinates(3, 1), picture, name)
+    for root, dataset, values, colours in (
+            (voc_tree, "voc", [0, 15, 255], r"\(192, 128, 128\), not \(128, 0, 0\)"),    # known
+            (tmp_path, "folder", [0, 2, 1], r"\(0, 250, 0\), not \(250, 0, 0\)")):  # must agree
+        data = open_labelled(dataset, root, "val", (24, 24), 3)
+        check_labels(data)
+        with Image.open(data.labels[-1]) as picture:                        # the same colours
+            picture.remap_palette(values).save(data.labels[-1])
+        with pytest.raises(ValueError, match=f"gives the value 1 the colour {colours}; has an ed"):
+            check_labels(data)
+
+
+def test_classes_that_no_label_has_are_warned_of_and_0_and_255_for_two_classes_refused(
+        tmp_path, capsys):
+    for values, classes, message in (([0, 1, 0, 255], 2, ""), ([0, 2, 0, 255], 4, (
+            "warning: no label has class 1, class 3; classes found: 0, 2, 255 (255: void)\n"))):
+        check_labels(labelled(tmp_path, values, classes=classes))
+        assert capsys.readouterr().out == message
+    with pytest.raises(ValueError, match=r"no label has crack; classes found: 0, 255 .*; are two"):
+        check_labels(labelled(tmp_path, [0, 255, 0], names=["background", "crack"]))
 
 
 def test_some_labels_of_a_large_data_set_are_checked_all_of_a_small_one(tmp_path):
-    for name, values in (("a.png", [0, 0, 1, 255]), ("b.png", [1, 2, 2, 7])):
-        folder(tmp_path, coordinates(4, 1), mask(values), name)
-    data = open_labelled("folder", tmp_path, "val", (8, 32), 3)
+    labelled(tmp_path, [0, 0, 1, 255], classes=3)
+    data = labelled(tmp_path, [1, 2, 2, 7], classes=3, name="b.png")
     check_labels(data, most=1)
     with pytest.raises(ValueError, match=r"b\.png holds the label values \[7\]"):
         check_labels(data)
