@@ -1,4 +1,4 @@
-"""Export a student to one file that runs with torch alone, and compare its cost with the teacher's.
+"""Export a student to one file that runs with torch alone.
 
 Idea
     `torch.export` records what the network computes, normalisation included. The file needs torch
@@ -10,7 +10,6 @@ Use it, anywhere
 
 Run it
     python export.py --checkpoint runs/001/student.pt --out student.pt2
-    python export.py --checkpoint runs/001/student.pt --teacher runs/teacher/teacher.pt
     python export.py --model nets.py:unet --out unet.pt2
 """
 
@@ -21,7 +20,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from models import print_costs
 from support.checkpoint import atomic, load_model
 from support.options import Options, one_sentence, option, parse
 
@@ -30,10 +28,8 @@ from support.options import Options, one_sentence, option, parse
 class Config(Options):
     checkpoint: str | None = option(None, "student.pt, teacher.pt or a state dict", metavar="FILE")
     model: str | None = option(None, "its network, if it is your own: file.py:function, or a name")
-    out: str | None = option(None, "file to write; without it: cost only", metavar="FILE")
-    teacher: str | None = option(None, "teacher to compare the cost with", metavar="FILE")
-    teacher_model: str | None = option(None, "its network, as for --model")
-    image_size: tuple[int, int] | None = option(None, "size to measure at (default: its own)")
+    out: str = option("student.pt2", "file to write", metavar="FILE")
+    image_size: tuple[int, int] | None = option(None, "size to try it at (default: its own)")
 
 
 class AtImageSize(torch.nn.Module):
@@ -79,18 +75,15 @@ def export(model, path, size):
 
 
 def main(argv=None):
-    """Export a checkpoint, print what it costs; return {name: (parameters, multiply-adds)}."""
-    cfg = parse(Config, argv, "Write a student that runs without this repository; show its cost.")
-    models = {"student": load_model(cfg.checkpoint, cfg.model)}
-    if cfg.teacher or cfg.teacher_model:
-        models["teacher"] = load_model(cfg.teacher, cfg.teacher_model)
-    size = cfg.image_size or models["student"].image_size
+    """Export a checkpoint; return the sizes that the file takes, in words."""
+    cfg = parse(Config, argv, __doc__.split("\n")[0])
+    model = load_model(cfg.checkpoint, cfg.model)
+    size = cfg.image_size or model.image_size
     if size is None:
         raise ValueError("the network does not say its image size; give --image-size")
-    if cfg.out:
-        sizes = export(models["student"], cfg.out, size)
-        print(f"{cfg.out} gives the same masks as the network, for any batch and {sizes}")
-    return print_costs(models, size)
+    sizes = export(model, cfg.out, size)
+    print(f"{cfg.out} gives the same masks as the network, for any batch and {sizes}")
+    return sizes
 
 
 if __name__ == "__main__":

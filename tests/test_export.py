@@ -53,18 +53,6 @@ def test_the_file_runs_without_this_repository_at_any_batch_and_size(tmp_path, c
     assert b"models.py" not in (away / "student.pt2").read_bytes()     # no trace of where it ran
 
 
-def test_the_cost_of_teacher_and_student_stands_side_by_side(tmp_path, capsys):
-    for name in ("resnet_small", "resnet_tiny"):
-        save_model(build_model(name, 5), tmp_path / f"{name}.pt")
-    costs = export.main(["--checkpoint", str(tmp_path / "resnet_tiny.pt"), "--teacher",
-                         str(tmp_path / "resnet_small.pt"), "--image-size", "96", "128"])
-    parameters, macs = costs["student"]
-    assert costs["teacher"][0] > 10 * parameters and costs["teacher"][1] > 10 * macs
-    head, student, _ = capsys.readouterr().out.splitlines()
-    assert head.endswith("at 96x128") and len(head) == len(student)
-    assert student.split() == ["student", f"{parameters / 1e6:.2f}", "M", f"{macs / 1e6:.0f}", "M"]
-
-
 class PadsInPython(nn.Conv2d):
     """A network that computes with the size of its input in Python numbers."""
 
@@ -124,9 +112,8 @@ def conv():
 """)
     network, spec = nn.Conv2d(3, 2, 1), f"{tmp_path}/nets.py:conv"
     torch.save({"state_dict": network.state_dict()}, tmp_path / "w.pth")
-    for name, words in (("a.pt2", f"--teacher-model {spec}"),
-                        ("b.pt2", f"--checkpoint {tmp_path}/w.pth")):
-        export.main(["--model", spec, *words.split(), "--out", str(tmp_path / name)])
+    for name, words in (("a.pt2", []), ("b.pt2", ["--checkpoint", f"{tmp_path}/w.pth"])):
+        export.main(["--model", spec, *words, "--out", str(tmp_path / name)])
     images = torch.rand(2, 3, 32, 40)
     assert len(masks(tmp_path / "a.pt2", images).unique()) == 1
     assert torch.equal(masks(tmp_path / "b.pt2", images), network(images).argmax(dim=1))

@@ -1,4 +1,4 @@
-"""models.py: every network's contract, the frozen teacher's rules, and costs counted by hand."""
+"""models.py: the contract of every network, and the rules of a frozen teacher."""
 
 import copy
 import math
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from models import (MODELS, TORCHVISION, ResidualBlock, build_model, cost, freeze,
+from models import (MODELS, TORCHVISION, ResidualBlock, build_model, freeze,
                     mobilenet_v2_features, wrap)
 from support.checkpoint import fingerprint
 
@@ -140,7 +140,7 @@ def test_what_a_network_says_of_itself_is_used_unless_something_else_is_asked_fo
     assert (other.class_names, other.image_size, other.multiple) == (["a", "b"], (8, 9), 4)
 
 
-# ---------------------------------------------------------------- shapes and costs
+# ---------------------------------------------------------------- shapes
 
 @pytest.mark.parametrize(("c_out", "stride"), [(4, 1), (8, 1), (8, 2)])
 def test_a_residual_block_is_the_sum_of_body_and_shortcut(c_out, stride):
@@ -170,13 +170,6 @@ def test_removing_a_stride_keeps_what_each_pixel_sees():
     with torch.inference_mode():
         torch.testing.assert_close(coarse.eval().features[:15](x),
                                    fine.eval().features[:15](x)[..., ::2, ::2])
-
-
-def test_cost_equals_a_hand_count():
-    conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)               # 5 x 6 places, 8 x 3 x 9 products
-    assert cost(conv, (10, 12)) == (8 * 3 * 9 + 8, 5 * 6 * 8 * 3 * 9)
-    grouped = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, groups=6, bias=False))
-    assert cost(grouped, (5, 7)) == (3 * 6 + 6 + 6 * 9, 35 * 18 + 3 * 5 * 6 * 9)
 
 
 # ---------------------------------------------------------------- what does not fit together
