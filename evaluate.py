@@ -12,7 +12,7 @@ Equation
 Symbols
     B images, K classes, H W pixels.  M (K, K): rows are truth, columns are predictions.
 
-Use it (the functions need torch alone)
+Use it (all but `write_masks` and the command need torch alone)
     import torch
     from evaluate import confusion_matrix, mean_iou
     prediction, target = torch.randint(21, (2, 64, 64)), torch.randint(21, (2, 64, 64))
@@ -71,10 +71,10 @@ def evaluate(model, loader, num_classes, reference=None, device=None, ignore_ind
     """Return {"miou", "iou" (K,), "pixel_accuracy", "matrix"} of a model over a loader.
 
     model: from images to logits of any size, put in eval mode, as is `reference`. It may have more
-    outputs than there are classes: a pixel predicted as one of these counts as wrong.
+    outputs than there are classes: a pixel predicted as one of the others counts as wrong.
     loader: yields (images (B, 3, H, W) float in [0, 1] or uint8, targets (B, h, w)); logits are
-    resized to the targets. reference: a second model whose masks are used instead of the targets;
-    these are then only read where they are `ignore_index`, and may be None.
+    resized to the targets. reference: a second model whose masks are used instead of the targets.
+    The targets then only say which pixels to ignore, and may be None.
     """
     device, K = device or next(model.parameters()).device, num_classes
     model.eval()                            # a pass in training mode would change its statistics

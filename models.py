@@ -1,8 +1,8 @@
 """Teachers and students: torchvision's segmentation networks, two small ones, and your own.
 
 Idea
-    Every network maps RGB in [0, 1] to logits at its own stride, usually a quarter or an eighth of
-    the image size; resize the logits to get masks. It carries its normalisation as buffers, because
+    Every network maps RGB in [0, 1] to logits at its own resolution, usually a quarter or an eighth
+    of the image size; resize the logits to get masks. It carries its normalisation as buffers:
     BatchNorm statistics only mean something under the normalisation used in training.
 
 Paper
@@ -92,7 +92,7 @@ class SmallResNet(nn.Module):
 def mobilenet_v2_features(weights):
     """Return MobileNetV2 up to its 320 channels: (B, 3, H, W) -> (B, 320, H/16, W/16).
 
-    As usual for DeepLab, the last stride becomes a dilation; the block that had it keeps none.
+    As usual for DeepLab, the last stride goes, and the blocks behind it are dilated instead.
     """
     features = torchvision.models.mobilenet_v2(weights=weights).features[:-1]
     features[14].conv[1][0].stride = (1, 1)                     # its 3x3; it went from 16 to 32
@@ -159,7 +159,7 @@ class SegmentationModel(nn.Module):
 
 def wrap(network, num_classes=0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), class_names=None,
          image_size=None, multiple=None):
-    """Return any segmentation network as a SegmentationModel; one that is one already, as it is.
+    """Return any segmentation network as a SegmentationModel (one that is, unchanged).
 
     Weights are shared, not copied; torchvision's networks lose the resizing at their end. mean,
     std: what it expects of its input; by default it takes RGB in [0, 1]. num_classes: needed for
@@ -179,7 +179,8 @@ def build_model(name, num_classes=None, weights=None, weights_backbone=None, **m
 
     name: one of MODELS. num_classes: K. weights: "DEFAULT" for torchvision's published segmentation
     weights, with their classes and normalisation; weights_backbone: "DEFAULT" for those of an
-    ImageNet backbone. Both download. more: mean, std, class_names, image_size. Raises ValueError.
+    ImageNet backbone. Both download. more: mean, std, class_names, image_size; with published
+    weights, only image_size. Raises ValueError.
     """
     if name not in MODELS:
         raise ValueError(f"model {name!r} is unknown; expected {SPECS}")
@@ -190,7 +191,8 @@ def build_model(name, num_classes=None, weights=None, weights_backbone=None, **m
             raise ValueError(f"there are no weights {weights!r} for {name}; expected DEFAULT for "
                              f"one of {', '.join(TORCHVISION)}")
         weights = torchvision.models.get_model_weights(name).DEFAULT
-        more = {"class_names": weights.meta["categories"]}              # normalised like ImageNet
+        more = {"class_names": weights.meta["categories"],              # normalised like ImageNet
+                "image_size": more.get("image_size")}
         num_classes = num_classes or len(more["class_names"])
     if num_classes is None:
         raise ValueError(f"{name} without published weights needs a number of classes")
