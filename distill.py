@@ -32,7 +32,7 @@ from priority import SCHEDULES, progressive_weights, sample_weights, weighted_lo
 from support import checkpoint, command, figures, records
 from support.checks import check_inputs
 from support.data import Batches, Views, open_pool
-from support.options import one_sentence, option, with_defaults
+from support.options import inputs, method, one_sentence, running, training, with_defaults
 from support.scoring import cached_scores, score_file
 from support.teacher_cache import TeacherCache, comparison_size, resize
 from support.training import Training, warmup_poly
@@ -134,10 +134,6 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
 
 # ---------------------------------------------------------------- options and command
 
-inputs, method, training, running = (partial(option, group=g) for g in (
-    "inputs", "method", "training", "running"))
-
-
 @dataclass(frozen=True)
 class Config(command.Inputs):    # and: teacher, pool, image_size, metric, layers, match_colours
     student_model: str = inputs("resnet_tiny", "student network, named like --teacher-model")
@@ -157,18 +153,6 @@ class Config(command.Inputs):    # and: teacher, pool, image_size, metric, layer
     dry_run: bool = running(False, "score the pool, say whether it fits, and stop")
 
 
-def evaluate_all(cfg, teacher, student, held_out):
-    """Return {"teacher", "student", "agreement"} of `evaluate.evaluate`; without labels the last.
-    """
-    results = {}
-    if cfg.dataset != "none":
-        K = len(held_out.dataset.class_names)             # the teacher may have more, a background
-        results["teacher"] = evaluate(teacher, held_out, K)
-        results["student"] = evaluate(student, held_out, K)
-    results["agreement"] = evaluate(student, held_out, teacher.num_classes, reference=teacher)
-    return results
-
-
 def run(cfg, out):
     """Run the method as the options say, in the folder `out`; return the metrics it prints."""
     timer = records.Timer()
@@ -185,7 +169,12 @@ def run(cfg, out):
         return command.report_dry_run(result, teacher, cfg, out)
     checkpoint.save_model(student, out / "student.pt")
     print(f"5 distilled {cfg.steps} updates of {cfg.batch_size} images")
-    results = evaluate_all(cfg, teacher, student, held_out)
+    results = {}
+    if cfg.dataset != "none":
+        K = len(held_out.dataset.class_names)             # the teacher may have more, a background
+        results["teacher"] = evaluate(teacher, held_out, K)
+        results["student"] = evaluate(student, held_out, K)
+    results["agreement"] = evaluate(student, held_out, teacher.num_classes, reference=teacher)
     print("6 evaluated\n" + report(results, teacher.class_names))
     examples = figures.examples(held_out, {"Teacher": teacher, "Student": student}, predict)
     return command.save_report(cfg, out, teacher, result, results, examples, timer)
