@@ -166,7 +166,7 @@ def run(cfg, out):
     student = command.build_student(cfg, teacher)
     result = distill(teacher, student, files, teacher.image_size, cfg, out)
     if cfg.dry_run:
-        return command.report_dry_run(result, teacher, cfg, out)
+        return command.report_dry_run(result, teacher, cfg, out)                   # no metrics
     checkpoint.save_model(student, out / "student.pt")
     print(f"5 distilled {cfg.steps} updates of {cfg.batch_size} images")
     results = {}

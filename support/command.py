@@ -114,11 +114,10 @@ def record_selection(result, cfg, out):
 
 
 def report_dry_run(result, teacher, cfg, out):
-    """Print and draw whether the pool fits the teacher; return the metrics of a dry run."""
+    """Print and draw whether the pool fits the teacher."""
     print(describe_fit(teacher, result))
     figures.pool_figure(result, teacher.image_size, cfg.sampling, out / "pool.png")
     print(f"dry run: nothing was trained; see {out / 'pool.png'}")
-    return {"pool_images": len(result["scores"]) - len(result["skipped"]), "out": str(out)}
 
 
 def save_report(cfg, out, teacher, result, results, examples, timer):

@@ -88,14 +88,7 @@ def cached_scores(score, pool, device, workers=None, path=None, rank=0, processe
         scores = score(as_input(images, device), index.to(device)).float().cpu()         # (B,)
         scores = scores.nan_to_num(torch.inf, torch.inf, torch.inf)
         stored[index] = scores.masked_fill(~readable, torch.nan)
-    scores = torch.from_numpy(np.array(stored))
-    return scores, unusable(pool, scores)
-
-
-def unusable(pool, scores):
-    """Return why files of the pool cannot be used, one line each; ValueError if most of it cannot.
-    """
-    reasons = []
+    scores, reasons = torch.from_numpy(np.array(stored)), []
     for i in (scores.isnan() | scores.isposinf()).nonzero().flatten().tolist():
         try:
             pool.view(i)
@@ -104,7 +97,7 @@ def unusable(pool, scores):
             reasons.append(str(error))
     if len(reasons) > len(pool) / 2:
         raise ValueError(f"{len(reasons)} of {len(pool)} pool files are unusable: {reasons[0]}")
-    return reasons
+    return scores, reasons
 
 
 def main(argv=None):

@@ -20,7 +20,7 @@ from support import scoring
 from support.data import Pool
 from support.images import as_input, find_images
 from support.options import one_sentence
-from support.scoring import score_file, unusable
+from support.scoring import score_file
 
 SIZE, CPU = (32, 48), torch.device("cpu")
 REPOSITORY = Path(__file__).parent.parent
@@ -129,12 +129,14 @@ def test_a_score_that_is_not_finite_is_named_and_not_computed_again(pool, tmp_pa
 
 
 def test_a_pool_of_which_more_than_half_cannot_be_used_is_refused(pool):
-    scores = torch.arange(30.0)
-    scores[:15] = torch.inf
-    assert len(unusable(pool, scores)) == 15
-    scores[15] = torch.nan
+    def score(images, index):
+        return torch.where(index < bad, torch.inf, 1.0)
+
+    bad = 15
+    assert len(scoring.cached_scores(score, pool, CPU)[1]) == 15
+    bad = 16
     with pytest.raises(ValueError, match=r"16 of 30 pool files are unusable: .*00\.png: its"):
-        unusable(pool, scores)
+        scoring.cached_scores(score, pool, CPU)
 
 
 def test_where_scores_cannot_be_stored_a_run_works_all_the_same(
