@@ -12,7 +12,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pytest
@@ -155,15 +155,14 @@ def test_the_teacher_keeps_every_bit_also_in_bfloat16(world, tmp_path, monkeypat
 
 def killed(module, name, call, words):
     """Run distill.py in a process that kills itself in the n-th call of a function of a module."""
+    def effect(*_):
+        if deadly.call_count == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return DEFAULT
+
+    deadly = Mock(wraps=getattr(module, name), side_effect=effect)
+
     def work():
-        function, calls = getattr(module, name), []
-
-        def deadly(*args):
-            calls.append(args)
-            if len(calls) == call:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args)
-
         setattr(module, name, deadly)                             # in the child process only
         distill.main(words)
 
@@ -190,10 +189,10 @@ def test_a_run_killed_in_scoring_in_caching_and_in_training_resumes_to_the_same_
     killed(distill, "weighted_loss", 6, resume)
     assert checkpoint.load(torn / "state.pt")["step"] == 4
 
-    losses, loss = [], distill.weighted_loss
-    monkeypatch.setattr(distill, "weighted_loss", lambda *args: losses.append(1) or loss(*args))
+    loss = Mock(wraps=distill.weighted_loss)
+    monkeypatch.setattr(distill, "weighted_loss", loss)
     distill.main(resume)
-    assert len(losses) == 2 and identical(weights(whole), weights(torn))
+    assert loss.call_count == 2 and identical(weights(whole), weights(torn))
     assert (torn / "curve.csv").read_text() == (whole / "curve.csv").read_text()
 
 
@@ -220,23 +219,18 @@ CONFIG = distill.Config(budget=6, steps=4, batch_size=4, amp="off")
 def test_the_python_api_takes_a_list_of_files_and_resumes_given_the_initial_student(
         pool_folder, tmp_path, monkeypatch):
     files = [str(path) for path in sorted(pool_folder.iterdir())[:12]]
-    teacher, losses, loss = bare().train(), [], distill.weighted_loss
+    teacher, effects = bare().train(), [DEFAULT, DEFAULT, KeyboardInterrupt]
 
     def api(out=None):
         student = bare(seed=1)
         return distill.distill(teacher, student, files, (32, 64), CONFIG, out), student
 
-    def stopping(*args):
-        losses.append(1)
-        if len(losses) == 3:
-            raise KeyboardInterrupt
-        return loss(*args)
-
     result, whole = api()
     assert not identical(whole.state_dict(), bare(seed=1).state_dict())
     assert identical(teacher.state_dict(), bare().state_dict()) and not teacher.training
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(distill, "weighted_loss", stopping)
+        patch.setattr(distill, "weighted_loss", Mock(wraps=distill.weighted_loss,
+                                                     side_effect=effects))
         api(f"{tmp_path}/run")
     resumed, student = api(f"{tmp_path}/run")
     assert identical(whole.state_dict(), student.state_dict())

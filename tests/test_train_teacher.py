@@ -1,6 +1,6 @@
 """train_teacher.py: the data owner's side, from labelled images to a checkpoint."""
 
-from unittest.mock import Mock
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 import torch
@@ -46,20 +46,14 @@ def test_no_option_of_training_is_ignored(owner, tmp_path):
 
 def test_an_interrupted_teacher_resumes_to_the_bit(owner, tmp_path, monkeypatch):
     train(owner, "--out", tmp_path / "whole")
-    loss, calls = train_teacher.cross_entropy, []
-
-    def stopping(*args):
-        calls.append(1)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return loss(*args)
-
+    loss = Mock(wraps=train_teacher.cross_entropy, side_effect=[*5 * [DEFAULT], KeyboardInterrupt])
     monkeypatch.setattr(training, "SAVE_EVERY", 4)
-    monkeypatch.setattr(train_teacher, "cross_entropy", stopping)
+    monkeypatch.setattr(train_teacher, "cross_entropy", loss)
     with pytest.raises(KeyboardInterrupt):
         train(owner, "--out", tmp_path / "torn")
+    loss.side_effect = None
     train_teacher.main(["--resume", "--out", str(tmp_path / "torn")])
-    assert len(calls) == 12
+    assert loss.call_count == 12
     whole, torn = (load_model(tmp_path / name / "teacher.pt") for name in ("whole", "torn"))
     assert fingerprint(whole) == fingerprint(torn)
 

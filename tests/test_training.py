@@ -63,16 +63,6 @@ def train(model, loss=usual_loss, data=None, out=None, about=(), lr=0.1, **optio
     return run
 
 
-def stopping(at):
-    """Return a loss that raises at a step, after BatchNorm has moved."""
-    def loss(model, step, images):
-        value = usual_loss(model, step, images)
-        if step == at:
-            raise KeyboardInterrupt
-        return value
-    return loss
-
-
 def same(run, other):
     """Say whether two runs have the same curve and, to the bit, the same model."""
     return run.curve == other.curve and fingerprint(run.model) == fingerprint(other.model)
@@ -126,9 +116,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
         often, tmp_path, monkeypatch, stop_at, workers):
     """Stopped before, at and after a state, which may fall between two checks of the loss."""
     monkeypatch.setattr(training, "SAVE_EVERY", 3)
+
+    def stopping(model, step, images):
+        value = usual_loss(model, step, images)                  # BatchNorm has moved
+        if step == stop_at:
+            raise KeyboardInterrupt
+        return value
+
     whole = train(network(), seed=5)
     with pytest.raises(KeyboardInterrupt):
-        train(network(), stopping(stop_at), seed=5, workers=workers, out=tmp_path)
+        train(network(), stopping, seed=5, workers=workers, out=tmp_path)
     assert checkpoint.load(tmp_path / "state.pt")["step"] == stop_at // 3 * 3
     torch.manual_seed(1234)
     assert same(train(network(), seed=5, out=tmp_path), whole)
@@ -155,8 +152,6 @@ def test_a_state_is_saved_at_least_every_so_many_seconds_and_at_the_end(tmp_path
 def test_a_file_that_vanishes_stops_with_its_name_and_training_resumes_when_it_is_back(
         often, tmp_path, pool_folder):
     files = sorted(pool_folder.iterdir())
-    (tmp_path / "run").mkdir()
-
     data = Batches(Views(files, (8, 8), 0), 4)
     whole = train(network(), data=data)
     gone = files[data[5][1][2]]
