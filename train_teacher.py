@@ -14,15 +14,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 
 from evaluate import evaluate, report
 from models import MODELS, build_model
 from support import checkpoint, records, scenes
-from support.data import Batches, Views
+from support.data import Batches, Views, iterate
 from support.labelled import DATASETS, IGNORE, Labels, check_labels, open_labelled
-from support.options import (Running, inputs, labels, one_sentence, pick_device, pick_workers,
-                             running, training)
+from support.options import Running, inputs, labels, one_sentence, pick_device, running, training
 from support.training import Training, warmup_poly
 
 
@@ -84,7 +82,7 @@ def train_teacher(cfg, out):
     curve = train(model, data, cfg, out)
     metrics = {"images": len(data), "updates": cfg.steps, "loss": curve[-1][1]}
     if cfg.eval_split:
-        loader = DataLoader(held_out, num_workers=pick_workers(cfg.workers, model.mean.device))
+        loader = iterate(held_out, model.mean.device, cfg.workers)
         result = evaluate(model, loader, model.num_classes)
         print(report({"teacher": result}, data.class_names))
         metrics["miou"] = result["miou"]
