@@ -249,6 +249,7 @@ def test_another_run_in_the_same_folder_is_refused_and_its_student_left_alone(
     another, same_shape = bare(), bare(seed=2)
     another.head.bias.data.add_(1)                                # changes logits, but no distance
     for other in ({"teacher": another}, {"student": same_shape}, {"size": (32, 48)},
+                  {"student": build_model("resnet_small", 7)},
                   {"cfg": dataclasses.replace(CONFIG, lr=0.1)}):
         with pytest.raises(ValueError, match="is not a state of this run|began with other images"):
             api(**other)

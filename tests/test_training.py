@@ -133,13 +133,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     assert same(again, whole) and not again.model.training
 
 
-def test_the_state_of_another_run_is_refused_with_its_name(tmp_path):
-    train(network(), steps=2, out=tmp_path, about=("this",))
-    for model, about in ((network(1), "this"), (nn.Conv2d(3, 5, 1), "this"), (network(), "that")):
-        with pytest.raises(ValueError, match=r"state\.pt is not a state of this run; delete it to"):
-            train(model, steps=2, out=tmp_path, about=(about,))
-
-
 def test_a_state_is_saved_at_least_every_so_many_seconds_and_at_the_end(tmp_path, monkeypatch):
     saved, clock = [], iter(range(100))
     monkeypatch.setattr(training.checkpoint, "save", lambda state, path: saved.append(state))
