@@ -36,7 +36,7 @@ def rehearse(student, images, amp):
 def check_inputs(teacher, student, layers, pool, cfg):
     """Raise ValueError for what would otherwise show after the pool has been scored."""
     if cfg.budget > len(pool):
-        raise ValueError(f"budget is {cfg.budget}, but the pool has {len(pool)} files; 0 takes all")
+        raise ValueError(f"the budget is {cfg.budget}, but the pool has {len(pool)} files (0: all)")
     if {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}:
         raise ValueError("teacher and student share weights; give the student a network of its own")
     device = next(teacher.parameters()).device

@@ -115,32 +115,25 @@ def test_files_that_cannot_be_read_score_nan_are_named_and_are_tried_again(
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_a_score_that_is_not_finite_is_named_and_not_computed_again(pool, tmp_path, bad):
-    batches = []
+def test_scores_that_are_not_finite_are_named_not_computed_again_and_at_most_half_of_the_pool(
+        pool, tmp_path, bad):
+    batches, count = [], 15
 
     def score(images, index):
         batches.append(index)
-        return torch.where(index == 4, bad, index.float())
+        return torch.where(index < count, bad, index.float())
 
     for _ in ("computed", "read"):
         scores, reasons = scoring.cached_scores(score, pool, CPU, path=tmp_path / "scores.f32")
-        assert scores.isinf().nonzero().flatten().tolist() == [4]
-        assert reasons == [f"{pool.files[4]}: its score is not finite"] and len(batches) == 2
-
-
-def test_a_pool_of_which_more_than_half_cannot_be_used_is_refused(pool):
-    def score(images, index):
-        return torch.where(index < bad, torch.inf, 1.0)
-
-    bad = 15
-    assert len(scoring.cached_scores(score, pool, CPU)[1]) == 15
-    bad = 16
+        assert scores.isinf().tolist() == 15 * [True] + 15 * [False] and len(batches) == 2
+        assert reasons == [f"{file}: its score is not finite" for file in pool.files[:15]]
+    count = 16
     with pytest.raises(ValueError, match=r"16 of 30 pool files are unusable: .*00\.png: its"):
         scoring.cached_scores(score, pool, CPU)
 
 
-def test_where_scores_cannot_be_stored_a_run_works_all_the_same(
-        teacher, pool, tmp_path, monkeypatch, capsys):
+def test_where_scores_cannot_be_stored_a_run_works_all_the_same_but_several_processes_do_not(
+        teacher, pool, world, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setattr(scoring, "STORE", tmp_path / "file/scores")
     result = distill.distill(teacher, build_model("resnet_tiny", 5), pool.files, SIZE, Config(
@@ -148,6 +141,8 @@ def test_where_scores_cannot_be_stored_a_run_works_all_the_same(
     assert "warning: the scores are not kept for later runs" in capsys.readouterr().out
     assert torch.equal(result["scores"], scores_of(teacher, pool)[0])
     assert (tmp_path / "run/chosen.csv").exists()
+    with pytest.raises(OSError, match="file/scores"):
+        scoring.main(f"--dataset none --pool {world}/pool --teacher {world}/teacher.pt".split())
 
 
 # ---------------------------------------------------------------- several processes
@@ -206,10 +201,3 @@ def test_two_processes_make_the_file_of_one_and_a_later_start_only_what_is_missi
     monkeypatch.setattr(scoring, "as_input", lambda *_: pytest.fail("scored again"))
     distill.main([*words, "--budget", "8", "--dry-run", "--out", str(tmp_path / "run")])
     assert f"the scores of this pool are read from {path}" in capfd.readouterr().out
-
-
-def test_processes_that_find_no_place_for_their_scores_say_so(world, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(scoring, "STORE", tmp_path / "file/scores")
-    with pytest.raises(OSError, match="file/scores"):
-        scoring.main(f"--dataset none --pool {world}/pool --teacher {world}/teacher.pt".split())
