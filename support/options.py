@@ -107,7 +107,8 @@ def with_defaults(cfg, **defaults):
 def pick_device(name):
     """Return the torch.device that "auto", "cpu", "cuda" or "cuda:1" stands for.
 
-    Under torchrun each process gets a GPU of its own. ValueError if torch cannot compute there.
+    Under torchrun each process gets a GPU of its own, unless an index is named. ValueError if torch
+    cannot compute there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
