@@ -32,7 +32,7 @@ from priority import SCHEDULES, progressive_weights, sample_weights, weighted_lo
 from support import checkpoint, command, figures, records
 from support.checks import check_inputs
 from support.data import Batches, Views, open_pool
-from support.options import one_sentence, option, with_defaults
+from support.options import inputs, method, one_sentence, running, training, with_defaults
 from support.scoring import cached_scores, score_file
 from support.teacher_cache import TeacherCache, comparison_size, resize
 from support.training import Training, warmup_poly
@@ -68,20 +68,23 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
 
     teacher, student: modules on one device, from RGB in [0, 1] to logits of the same classes (see
     `models.wrap`); the teacher is frozen for good, the student trained in place. pool: a folder or
-    a list of files. size: (H, W). out: a folder for records, from which an interrupted run resumes,
-    given the student with its initial weights. Returns the dict `result`, with "curve" if trained.
+    a list of files. size: (H, W). out: a folder for records. An interrupted run resumes if this is
+    called again with the same arguments and the student's initial weights. Returns the dict
+    `result`, with "curve" if trained.
     """
     cfg = with_defaults(cfg or Config(), **DEFAULTS)
     out = Path(out) if out else None
     teacher, student, timer = freeze(wrap(teacher)), wrap(student), records.Timer()
     device = next(teacher.parameters()).device
-    pool = open_pool(pool, teacher, size, cfg.match_colours)         # the teacher: for its colours
+    # With match_colours, each photo gets the teacher's colours wherever it is read (colours.py).
+    pool = open_pool(pool, teacher, size, cfg.match_colours)
 
     # 1. Read the teacher's BatchNorm statistics.
     layers = select_layers(bn_layers(teacher), cfg.layers)
     check_inputs(teacher, student, layers, pool, cfg)                # rehearses a training step
 
-    # 2. Score the pool: how far is each photo from the teacher's training data?
+    # 2. Score the pool: how far is each photo from the teacher's training data? Like score_pool of
+    #    ads_sampler.py, but the scores are kept on disk.
     score = selection_score(teacher, layers, cfg, len(pool))
     cache_file = score_file(teacher, layers, pool, cfg) if out else None
     scores, skipped = cached_scores(score, pool, device, cfg.workers, cache_file)         # (N,)
@@ -105,15 +108,16 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     # 5. Distil on random views. The teacher's logits for cfg.views of each photo are computed here,
     #    once, and cached; with 0, each step draws new views.
     optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, weight_decay=0.01, fused=True)
-    scheduler = warmup_poly(optimizer, cfg.steps)
+    scheduler = warmup_poly(optimizer, cfg.steps)           # 50 steps up, then (1 - t/steps)^0.9
     trainer = Training(student, optimizer, scheduler, cfg, out, about=(teacher, size))
+    # Of the student's logits; of the teacher's where these are smaller than a quarter of the image.
     logit_size = comparison_size(teacher, student, size)                                  # (h, w)
     teacher_pass = partial(compute_teacher_logits, teacher, trainer.autocast, logit_size, cfg)
     views = Views(result["files"], size, cfg.seed, pool.transform)
     cache = TeacherCache(teacher_pass, views, cfg, device, out) if cfg.views else None
     weights = weights.to(device)
     batches = Batches(views, cfg.batch_size, cache)
-    for step, images, index, teacher_logits in trainer.batches(batches):   # saves resumable states
+    for step, images, index, teacher_logits in trainer.batches(batches):     # in shuffled epochs
         if teacher_logits is None:
             teacher_logits = teacher_pass(images)                                  # (B, K, h, w)
         with trainer.autocast():
@@ -134,12 +138,8 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
 
 # ---------------------------------------------------------------- options and command
 
-inputs, method, training, running = (partial(option, group=g) for g in (
-    "inputs", "method", "training", "running"))
-
-
 @dataclass(frozen=True)
-class Config(command.Inputs):    # and: teacher, pool, image_size, metric, layers, match_colours
+class Config(command.Inputs):     # with teacher, pool, metric, layers, match_colours, seed ...
     student_model: str = inputs("resnet_tiny", "student network, named like --teacher-model")
     student_weights: str = inputs("none", "pretrained on ImageNet", ("none", "imagenet"))
     budget: int = inputs(400, "pool images to learn from; 0 takes all")
@@ -157,24 +157,12 @@ class Config(command.Inputs):    # and: teacher, pool, image_size, metric, layer
     dry_run: bool = running(False, "score the pool, say whether it fits, and stop")
 
 
-def evaluate_all(cfg, teacher, student, held_out):
-    """Return {"teacher", "student", "agreement"} of `evaluate.evaluate`; without labels the last.
-    """
-    results = {}
-    if cfg.dataset != "none":
-        K = len(held_out.dataset.class_names)             # the teacher may have more, a background
-        results["teacher"] = evaluate(teacher, held_out, K)
-        results["student"] = evaluate(student, held_out, K)
-    results["agreement"] = evaluate(student, held_out, teacher.num_classes, reference=teacher)
-    return results
-
-
 def run(cfg, out):
     """Run the method as the options say, in the folder `out`; return the metrics it prints."""
     timer = records.Timer()
     if cfg.dataset == "scenes" and not (cfg.data_root or cfg.pool or cfg.teacher):
-        root, teacher = builtin_teacher(cfg.image_size, cfg.device, cfg.amp)
-        cfg = with_defaults(cfg, data_root=root, pool=f"{root}/pool", teacher=teacher, steps=500,
+        root, file = builtin_teacher(cfg.image_size, cfg.device, cfg.amp)
+        cfg = with_defaults(cfg, data_root=root, pool=f"{root}/pool", teacher=file, steps=500,
                             views=8)
     cfg = with_defaults(cfg, **DEFAULTS)
     teacher, files, held_out = command.open_inputs(cfg, out)
@@ -185,7 +173,12 @@ def run(cfg, out):
         return command.report_dry_run(result, teacher, cfg, out)
     checkpoint.save_model(student, out / "student.pt")
     print(f"5 distilled {cfg.steps} updates of {cfg.batch_size} images")
-    results = evaluate_all(cfg, teacher, student, held_out)
+    results = {}
+    if cfg.dataset != "none":
+        K = len(held_out.dataset.class_names)      # the teacher may have more classes
+        results["teacher"] = evaluate(teacher, held_out, K)
+        results["student"] = evaluate(student, held_out, K)
+    results["agreement"] = evaluate(student, held_out, teacher.num_classes, reference=teacher)
     print("6 evaluated\n" + report(results, teacher.class_names))
     examples = figures.examples(held_out, {"Teacher": teacher, "Student": student}, predict)
     return command.save_report(cfg, out, teacher, result, results, examples, timer)

@@ -14,27 +14,26 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 
 from evaluate import evaluate, report
 from models import MODELS, build_model
 from support import checkpoint, records, scenes
-from support.data import Batches, Views
-from support.labelled import DATASETS, IGNORE, Labels, check_labels, labels, open_labelled
-from support.options import Running, one_sentence, option, pick_device, pick_workers
+from support.data import Batches, Views, iterate
+from support.labelled import DATASETS, IGNORE, Labels, check_labels, open_labelled
+from support.options import Running, inputs, labels, one_sentence, pick_device, running, training
 from support.training import Training, warmup_poly
 
 
 @dataclass(frozen=True)
 class Config(Labels, Running):
     eval_split: str | None = labels(None, "part to report mIoU on, if any")
-    model: str = option("resnet_small", "network", MODELS, group="inputs")
-    backbone: str = option("none", "pretrained, downloaded", ("none", "imagenet"), group="inputs")
-    image_size: tuple[int, int] | None = option(None, "crop (default: by data set)", group="inputs")
-    steps: int = option(2000, "number of updates", min=1, group="training")
-    batch_size: int = option(16, "images per update", min=1, group="training")
-    lr: float = option(0.1, "highest learning rate", group="training")
-    out: str = option("runs/teacher", "folder for teacher.pt", group="running", metavar="FOLDER")
+    model: str = inputs("resnet_small", "network", MODELS)
+    backbone: str = inputs("none", "pretrained, downloaded", ("none", "imagenet"))
+    image_size: tuple[int, int] | None = inputs(None, "crop (default: by data set)")
+    steps: int = training(2000, "number of updates", min=1)
+    batch_size: int = training(16, "images per update", min=1)
+    lr: float = training(0.1, "highest learning rate")
+    out: str = running("runs/teacher", "folder for teacher.pt", metavar="FOLDER")
 
 
 def cross_entropy(logits, target):
@@ -83,7 +82,7 @@ def train_teacher(cfg, out):
     curve = train(model, data, cfg, out)
     metrics = {"images": len(data), "updates": cfg.steps, "loss": curve[-1][1]}
     if cfg.eval_split:
-        loader = DataLoader(held_out, num_workers=pick_workers(cfg.workers, model.mean.device))
+        loader = iterate(held_out, model.mean.device, cfg.workers)
         result = evaluate(model, loader, model.num_classes)
         print(report({"teacher": result}, data.class_names))
         metrics["miou"] = result["miou"]

@@ -86,7 +86,7 @@ def shuffle_tiles(image, grid):
 @dataclass(frozen=True)
 class Config(Running):
     method: str = option("deepinversion", "how to make images", ("deepinversion", "tiles"))
-    teacher: str = option("", "teacher.pt of train_teacher.py", metavar="FILE", required=True)
+    teacher: str | None = option(None, "teacher.pt of train_teacher.py", metavar="FILE")
     images: str | None = option(None, "tiles: what to cut, a folder or a run's chosen.csv")
     grid: int = option(4, "tiles: number per side; 1 leaves the images whole", min=1)
     count: int = option(100, "deepinversion: number of images")

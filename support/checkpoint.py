@@ -104,7 +104,8 @@ def load_model(path, model=None):
     Raises FileNotFoundError, or ValueError that says what does not fit.
     """
     if path is None and ":" not in (model or ""):
-        raise ValueError("name a checkpoint, or a network with its weights: file.py:function")
+        raise ValueError("name a checkpoint (--teacher, --checkpoint), a network with its weights "
+                         "(file.py:function) or --teacher-weights DEFAULT")
     if path is None:
         return networks.load_file(model)
     state = load(path)

@@ -5,7 +5,6 @@ Use it
 """
 
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,12 +17,9 @@ from support import checkpoint, figures, records
 from support.checks import describe_fit
 from support.data import Pool
 from support.images import drop_copies, find_images, hold_out
-from support.labelled import DATASETS, Labels, check_labels, labels, open_labelled
+from support.labelled import DATASETS, Labels, check_labels, open_labelled
 from support.networks import load_network
-from support.options import Running, option, pick_device, pick_workers
-from support.records import by_name
-
-inputs, method = partial(option, group="inputs"), partial(option, group="method")
+from support.options import Running, inputs, labels, method, pick_device, pick_workers
 
 
 @dataclass(frozen=True)
@@ -47,14 +43,11 @@ def load_teacher(cfg):
     """Return the teacher that the options name, frozen, with the image size that is used."""
     if cfg.teacher_weights:
         model = build_model(cfg.teacher_model, weights=cfg.teacher_weights)
-    elif cfg.teacher or cfg.teacher_model:
-        model = checkpoint.load_model(cfg.teacher, cfg.teacher_model)
     else:
-        raise ValueError("no teacher: give --teacher, or --teacher-model and --teacher-weights")
-    if not cfg.image_size and not model.image_size:
-        model.image_size = DATASETS[cfg.dataset]
-        print("the teacher does not say its image size: {}x{} is used; BatchNorm statistics depend "
-              "on it, name another by --image-size".format(*model.image_size))
+        model = checkpoint.load_model(cfg.teacher, cfg.teacher_model)
+    if not cfg.image_size and not model.image_size:              # the statistics depend on it
+        H, W = model.image_size = DATASETS[cfg.dataset]
+        print(f"the teacher does not say its image size: {H}x{W} is used; see --image-size")
     model.image_size = cfg.image_size or model.image_size
     return freeze(model).to(pick_device(cfg.device), memory_format=torch.channels_last)
 
@@ -81,9 +74,8 @@ def open_inputs(cfg, out=None):
         raise ValueError("--dataset is missing; say which labels there are, or none")
     if not cfg.pool:
         raise ValueError("--pool is missing; name a folder of unlabelled photos")
-    if out and Path(cfg.pool).resolve() in out.resolve().parents:
-        raise ValueError(f"--out {out} lies in the pool, which its figures would join; name "
-                         "another folder")
+    if out and Path(cfg.pool).resolve() in out.resolve().parents:      # its figures would join it
+        raise ValueError(f"--out {out} lies in the pool; name another folder")
     teacher, files = load_teacher(cfg), find_images(cfg.pool)
     size = teacher.image_size
     if cfg.dataset == "none":
@@ -96,8 +88,8 @@ def open_inputs(cfg, out=None):
                                  cfg.num_classes or teacher.num_classes, cfg.download)
         check_labels(labelled, teacher.class_names)   # a bad one is found before hours of training
         others = labelled.images
-        workers = pick_workers(cfg.workers, teacher.mean.device)
-        held_out = DataLoader(labelled, num_workers=workers)      # one by one: they differ in size
+        # One by one: they differ in size.
+        held_out = DataLoader(labelled, num_workers=pick_workers(cfg.workers, teacher.mean.device))
     files, copies = drop_copies(files, others)
     if copies:
         print(f"warning: {len(copies)} images of the pool are left out: they are evaluated on")
@@ -128,41 +120,36 @@ def report_dry_run(result, teacher, cfg, out):
     return {"pool_images": len(result["scores"]) - len(result["skipped"]), "out": str(out)}
 
 
-def run_metrics(cfg, results, result, timer, teacher):
-    """Return the content of metrics.json: the scores, from how many images, in how long, with what.
+def save_report(cfg, out, teacher, result, results, examples, timer):
+    """Write curve.csv, figure.png and metrics.json, print the last lines; return the metrics.
 
-    results: {"teacher", "student", "agreement"} of evaluate.evaluate, the first two if there are
-    labels. result: of distill.distill. timer: of all stages.
+    result: of distill.distill. results: {"teacher", "student", "agreement"} of evaluate.evaluate,
+    the first two if there are labels. timer: of the stages before those of `result`.
     """
+    result["timer"]("evaluation")
+    seconds = timer | result["timer"]
     miou, count = {name: r["miou"] for name, r in results.items()}, len(result["files"])
-    return {
+    metrics = {
         "teacher_miou": miou.get("teacher"), "student_miou": miou.get("student"),
         "agreement_miou": miou["agreement"],
         "agreement_pixels": results["agreement"]["pixel_accuracy"],
-        "iou": {name: by_name(teacher.class_names, r["iou"]) for name, r in results.items()},
+        "iou": {k: records.by_name(teacher.class_names, r["iou"]) for k, r in results.items()},
         "pool_images": len(result["scores"]) - len(result["skipped"]),
         "skipped_images": len(result["skipped"]), "selected_images": count,
         "seen_images": min(cfg.steps * cfg.batch_size, count), "updates": cfg.steps,
-        "seconds": sum(wall for wall, _ in timer.values()),
-        "stage_seconds": {name: wall for name, (wall, _) in timer.items()},
-        "processor_seconds": {name: processor for name, (_, processor) in timer.items()},
+        "seconds": sum(wall for wall, _ in seconds.values()),
+        "stage_seconds": {name: wall for name, (wall, _) in seconds.items()},
+        "processor_seconds": {name: processor for name, (_, processor) in seconds.items()},
         "config": asdict(cfg), "environment": records.environment(teacher.mean.device, cfg.amp)}
-
-
-def save_report(cfg, out, teacher, result, results, examples, timer):
-    """Write curve.csv, figure.png and metrics.json, print the last lines; return the metrics."""
-    result["timer"]("evaluation")
-    metrics = run_metrics(cfg, results, result, {**timer, **result["timer"]}, teacher)
     records.write_csv(out / "curve.csv", ("step", "loss"), result["curve"])
     figures.run_figure(result, teacher, cfg, examples, out / "figure.png")
     checkpoint.save_json(metrics, out / "metrics.json")   # last: with it, a run counts as finished
     (out / "state.pt").unlink(missing_ok=True)
     times = ", ".join(f"{name} {t:.0f} s" for name, t in metrics["stage_seconds"].items())
-    print("\n{pool_images} pool images scored, {selected_images} selected, {seen_images} used in "
-          "{updates} updates".format(**metrics), f"{times}\nrecord and figure: {out}", sep="\n")
+    summary = ("\n{pool_images} pool images scored, {selected_images} selected, {seen_images} used "
+               "in {updates} updates\n{times}\nrecord and figure: {out}\n")
     if cfg.dataset != "none":
-        print("student mIoU {student_miou:.1%}, teacher {teacher_miou:.1%}".format(**metrics),
-              end=", ")
-    print("agreement with the teacher {agreement_miou:.1%} (pixels {agreement_pixels:.1%})".format(
-        **metrics))
+        summary += "student mIoU {student_miou:.1%}, teacher {teacher_miou:.1%}, "
+    summary += "agreement with the teacher {agreement_miou:.1%} (pixels {agreement_pixels:.1%})"
+    print(summary.format(**metrics, times=times, out=out))
     return metrics

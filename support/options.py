@@ -13,7 +13,6 @@ Use it
 """
 
 import argparse
-import math
 import os
 import signal
 import sys
@@ -23,18 +22,19 @@ from functools import partial
 
 import torch
 
-GROUPS = ("inputs", "labels", "method", "training", "output", "options", "running")  # of --help
+GROUPS = ("inputs", "labels", "method", "training", "output", "running")     # in --help's order
 
 
-def option(default, help, choices=None, group="options", min=0, metavar=None, required=False):
+def option(default, help, choices=None, group="options", min=0, metavar=None):
     """Return a dataclass field with its help, allowed values and the group it is listed under.
 
     min: the smallest number that is allowed. metavar: FILE, FOLDER or what else a word stands for.
-    required: the command line must give it.
     """
-    return field(default=default, metadata={
-        "help": help, "choices": choices, "group": group, "min": min, "metavar": metavar,
-        "required": required})
+    return field(default=default, metadata={"help": help, "choices": choices, "group": group,
+                                            "min": min, "metavar": metavar})
+
+
+inputs, labels, method, training, output, running = (partial(option, group=g) for g in GROUPS)
 
 
 def flag(name):
@@ -48,17 +48,11 @@ class Options:
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in (*choices, f.default):
-                expected = f"one of {', '.join(choices)}"
-            elif isinstance(value, tuple) and min(value) < 1:
-                expected = "a height and a width of 1 or more"
-            elif isinstance(value, int | float) and not f.metadata["min"] <= value < math.inf:
-                expected = f"a number of at least {f.metadata['min']}"
-            else:
-                continue
-            raise ValueError(f"{flag(f.name)} takes {expected}; got {value!r}")
-
-
-running = partial(option, group="running")
+                raise ValueError(f"{flag(f.name)} takes one of {', '.join(choices)}; got {value!r}")
+            size = isinstance(value, tuple)                    # (H, W), of one pixel or more
+            numbers, low = (value, 1) if size else ((value,), f.metadata["min"])
+            if any(isinstance(x, int | float) and not low <= x < torch.inf for x in numbers):
+                raise ValueError(f"{flag(f.name)} takes a number of at least {low}; got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -75,36 +69,30 @@ class Running(Options):
     resume: bool = running(False, "resume the interrupted run in --out")
 
 
-def add_option(group, f, default):
-    """Give an argparse group the option that a dataclass field declares."""
-    kind = next(iter(typing.get_args(f.type)), f.type)                   # int of `int | None`
-    meta, text = f.metadata, f.metadata["help"]
-    if kind is not bool and f.default not in (None, ""):
-        text += f" (default: {f.default})"
-    if meta["choices"]:
-        text += "; one of: " + ", ".join(meta["choices"])
-    if kind is bool:
-        settings = {"action": "store_true"}
-    elif f.type == (tuple[int, int] | None):
-        settings = {"nargs": 2, "type": int, "metavar": ("H", "W")}
-    else:
-        settings = {"type": kind, "choices": meta["choices"], "required": meta["required"],
-                    "metavar": meta["metavar"] or {int: "N", float: "X", str: "NAME"}[kind]}
-    group.add_argument(flag(f.name), help=text, default=default, **settings)
-
-
 def parse(config_class, argv, description, recorded=None):
     """Return a `config_class` made of the words `argv` (None: sys.argv).
 
     recorded: {name: value} of an earlier run, for the options that the words do not name.
     """
     parser = argparse.ArgumentParser(description=description, usage="%(prog)s [options]")
-    groups = {"options": parser}                               # argparse's own group, with --help
-    for f in sorted(fields(config_class), key=lambda f: GROUPS.index(f.metadata["group"])):
-        name = f.metadata["group"]
-        if name not in groups:
-            groups[name] = parser.add_argument_group(name)
-        add_option(groups[name], f, (recorded or {}).get(f.name, f.default))
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}     # empty: not in --help
+    for f in fields(config_class):
+        kind = next(iter(typing.get_args(f.type)), f.type)                   # int of `int | None`
+        meta, text = f.metadata, f.metadata["help"]
+        if kind is not bool and f.default not in (None, ""):
+            text += f" (default: {f.default})"
+        if meta["choices"]:
+            text += "; one of: " + ", ".join(meta["choices"])
+        if kind is bool:
+            settings = {"action": "store_true"}
+        elif kind == tuple[int, int]:
+            settings = {"nargs": 2, "type": int, "metavar": ("H", "W")}
+        else:
+            word = meta["metavar"] or {int: "N", float: "X", str: "NAME"}[kind]
+            settings = {"type": kind, "metavar": word}
+        default = (recorded or {}).get(f.name, f.default)
+        group = groups.get(meta["group"], parser)
+        group.add_argument(flag(f.name), help=text, default=default, **settings)
     values = vars(parser.parse_args(argv))
     return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
@@ -119,24 +107,21 @@ def with_defaults(cfg, **defaults):
 def pick_device(name):
     """Return the torch.device that "auto", "cpu", "cuda" or "cuda:1" stands for.
 
-    Under torchrun each process gets a GPU of its own. ValueError if torch cannot compute there.
+    Under torchrun each process gets a GPU of its own, unless an index is named. ValueError if torch
+    cannot compute there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if name.startswith("cuda") and processes > 1:
-        if processes > gpus or ":" in name:
-            raise ValueError(f"{processes} processes need {processes} GPUs, but --device {name} "
-                             f"has {1 if ':' in name else gpus}; lower --nproc-per-node, or use "
-                             "--device cpu")
+    if name == "cuda" and processes > 1:
+        if processes > gpus:
+            raise ValueError(f"too few GPUs ({gpus}); lower --nproc-per-node, or use --device cpu")
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"torch cannot compute on --device {name} here "
-                         f"({str(error).splitlines()[0]}); use --device cpu") from error
-    return device
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"torch cannot compute on --device {name}: {reason}; use cpu") from error
 
 
 def set_deterministic():
@@ -150,10 +135,9 @@ def set_deterministic():
 
 def warn_if_busy():
     """Print a line if other programs keep the cores busy: threads then wait for each other."""
-    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0, os.cpu_count()
-    if load > 0.75 * cores and torch.get_num_threads() > 1:
-        print(f"warning: this machine is busy (load {load:.1f} on {cores} cores); this run may be "
-              "several times faster with OMP_NUM_THREADS=1")
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0            # not on Windows
+    if load > 0.75 * os.cpu_count() and torch.get_num_threads() > 1:
+        print(f"warning: busy machine (load {load:.1f}); OMP_NUM_THREADS=1 may be much faster")
 
 
 def pick_workers(workers, device):
@@ -171,8 +155,7 @@ def pick_amp(name, device):
     native = (torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda"
               else torch.cpu.get_capabilities().get("avx512_bf16"))
     if name == "bfloat16" and device.type == "cuda" and not native:
-        raise ValueError(f"{torch.cuda.get_device_name(device)} does not compute in bfloat16; use "
-                         "--amp float16 or --amp off")
+        raise ValueError("this GPU does not compute in bfloat16; use --amp float16 or --amp off")
     if name == "auto":
         name = "bfloat16" if native else "off"
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "off": None}[name]
@@ -211,11 +194,8 @@ def one_sentence(main):
 
     SIGTERM is taken like Ctrl-C. With the environment variable DFSS_TRACEBACK the traceback shows.
     """
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
     def program():
-        signal.signal(signal.SIGTERM, interrupt)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             main()
         except (Exception, KeyboardInterrupt) as error:
@@ -223,5 +203,5 @@ def one_sentence(main):
             if sentence is None or os.environ.get("DFSS_TRACEBACK"):
                 raise
             print(sentence, file=sys.stderr)
-            raise SystemExit(130 if sentence.startswith("interrupted") else 2) from None
+            raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from None
     return program

@@ -52,42 +52,33 @@ def started(out):
                                 for p in out.iterdir())
 
 
-def read_config(config_class, argv, description):
-    """Return the config that the words `argv` give; with --resume, the one in the folder --out.
-
-    ValueError if there is no run to resume there, or one that had other options.
-    """
-    cfg = parse(config_class, argv, description)
-    if not cfg.resume:
-        return cfg
-    out = Path(str(cfg.out))
-    if not (out / "config.json").is_file() or (out / "metrics.json").is_file():
-        raise ValueError(f"--resume: there is no unfinished run in {out}; name one by --out")
-    recorded = json.loads((out / "config.json").read_text())
-    cfg = parse(config_class, argv, description, {**recorded, "resume": True})
-    changed = differences(asdict(cfg), asdict(config_class()) | recorded)
-    if changed:
-        raise ValueError(f"the run in {out} has another config ({'; '.join(changed)})")
-    return cfg
-
-
 def in_folder(run, config_class, argv, description):
     """Return run(cfg, folder) for the options in the words `argv`.
 
     The folder is --out, or the next number below runs/, made if need be, with its config.json.
-    ValueError if it holds something and --resume was not given. An error that can be overcome gets
+    With --resume, options come from there. ValueError if it holds something and --resume was not
+    given, or no unfinished run with these options and it was. An error that can be overcome gets
     the command that resumes the run as a note.
     """
-    cfg = read_config(config_class, argv, description)
+    cfg = parse(config_class, argv, description)
+    taken = [int(p.name) for p in Path("runs").glob("*") if p.name.isdigit()]
+    out = Path(cfg.out or f"runs/{max(taken, default=0) + 1:03d}")
+    config = out / "config.json"
+    if cfg.resume:
+        if not config.is_file() or (out / "metrics.json").is_file():
+            raise ValueError(f"--resume: there is no unfinished run in {out}; name one by --out")
+        recorded = json.loads(config.read_text())
+        cfg = parse(config_class, argv, description, recorded)
+        changed = differences(asdict(cfg), asdict(config_class()) | recorded)
+        if changed:
+            raise ValueError(f"the run in {out} has another config ({'; '.join(changed)})")
+    elif started(out):
+        raise ValueError(f"{out} is not empty; choose another --out, or continue with --resume")
+    else:
+        checkpoint.save_json(asdict(cfg), config)
     warn_if_busy()
     if cfg.deterministic:
         set_deterministic()
-    taken = [int(p.name) for p in Path("runs").glob("*") if p.name.isdigit()]
-    out = Path(cfg.out or f"runs/{max(taken, default=0) + 1:03d}")
-    if started(out) and not cfg.resume:
-        raise ValueError(f"{out} is not empty; choose another --out, or continue with --resume")
-    if not cfg.resume:
-        checkpoint.save_json(asdict(cfg), out / "config.json")
     try:
         return run(cfg, out)
     except (KeyboardInterrupt, OSError, RuntimeError) as error:
@@ -113,8 +104,7 @@ def write_selection(out, result):
     """
     files = [str(path) for path in result["files"]]
     if (out / "state.pt").exists() and files != [r[0] for r in read_csv(out / "chosen.csv")[1:]]:
-        raise ValueError(f"the run in {out} began with other images of the pool; restore those in "
-                         "its chosen.csv, or choose another --out")
+        raise ValueError(f"{out} began with other images of the pool; restore those in chosen.csv")
     write_csv(out / "chosen.csv", ("file", "distance", "weight"), zip(
         files, result["distances"].tolist(), result["weights"].tolist(), strict=True))
     before = read_csv(out / "skipped.csv")[1:] if (out / "skipped.csv").exists() else []
@@ -134,7 +124,6 @@ class Timer(dict):
     """{stage: (wall seconds, processor seconds)}; calling it with a stage's name ends the stage."""
 
     def __init__(self):
-        super().__init__()
         self.last = perf_counter(), process_time()
 
     def __call__(self, stage):

@@ -16,8 +16,6 @@ Use it (the options are those of distill.py, which then reads these scores)
 import hashlib
 import json
 import os
-import signal
-import sys
 import time
 from pathlib import Path
 
@@ -25,7 +23,6 @@ import numpy as np
 import PIL
 import torch
 
-from ads_sampler import score_pool
 from bn_stats import bn_layers, image_distances, select_layers
 from support.checkpoint import atomic, fingerprint
 from support.command import Inputs, open_inputs
@@ -45,37 +42,28 @@ def score_file(teacher, layers, pool, cfg):
     A photo counts as the same if path, size in bytes and time of change are. The name also depends
     on the code: whoever changes a distance gets new scores.
     """
-    def stamp(path):
-        path = os.path.realpath(path)
-        known = os.path.exists(path)                                     # else it has vanished
-        return path, *((os.path.getsize(path), os.path.getmtime(path)) if known else ())
-
+    paths = [os.path.realpath(path) for path in pool.files]
+    stats = [(os.path.getsize(path), os.path.getmtime(path)) for path in paths
+             if os.path.exists(path)]                                    # else it has vanished
     root = Path(__file__).parents[1]
-    sampling = getattr(cfg, "sampling", "nearest")
+    code = [path.read_text() for path in sorted([*root.glob("*.py"), *root.glob("support/*.py")])]
+    sampling = getattr(cfg, "sampling", "nearest")                       # absent in `main`
     settings = (sampling, cfg.metric, cfg.match_colours, cfg.seed if sampling == "random" else 0)
     content = (fingerprint(teacher), repr(teacher), list(layers), settings, pool.size,
                torch.__version__, PIL.__version__, next(teacher.parameters()).device.type,
-               [stamp(path) for path in pool.files],
-               [path.read_text() for where in (root, root / "support")
-                for path in sorted(where.glob("*.py"))])
+               paths, stats, code)
     return STORE / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}.f32"
 
 
 def open_scores(path, count):
-    """Return an array (count,) float32 that is stored in the file `path` (None: in memory only)."""
-    empty = np.full(count, MISSING, np.float32)
-    if path is None:
-        return empty
-    try:
-        if not path.exists():
-            with atomic(path) as temporary:
-                empty.tofile(temporary)
-        return np.memmap(path, np.float32, "r+", shape=(count,))
-    except OSError as error:
-        print(f"warning: the scores are not kept for later runs ({error})")
-        return empty
+    """Return the array (count,) float32 in a file, which is made if need be; else OSError."""
+    if not path.exists():
+        with atomic(path) as temporary:
+            np.full(count, MISSING, np.float32).tofile(temporary)
+    return np.memmap(path, np.float32, "r+", shape=(count,))
 
 
+@torch.no_grad()
 def cached_scores(score, pool, device, workers=None, path=None, rank=0, processes=1):
     """Return (scores of a `data.Pool` (N,) float32, why files cannot be used, one line each).
 
@@ -84,32 +72,23 @@ def cached_scores(score, pool, device, workers=None, path=None, rank=0, processe
     its score is not finite. Of several processes each scores every `processes`-th batch, and what
     others score is -inf here until they have. ValueError if most files cannot be used.
     """
-    stored = open_scores(path, len(pool))
+    stored = np.full(len(pool), MISSING, np.float32)
+    try:
+        stored = open_scores(path, len(pool)) if path else stored
+    except OSError as error:
+        print(f"warning: the scores are not kept for later runs ({error})")
     batches = [range(i, min(i + BATCH, len(pool))) for i in range(0, len(pool), BATCH)]
     # A comparison with NaN is false: files that could not be read are tried again.
     todo = [batch for batch in batches[rank::processes] if not (stored[batch] > MISSING).all()]
-
-    def score_batch(batch):
-        index, images, readable = batch
+    if path and not todo and rank == 0:
+        print(f"the scores of this pool are read from {path}")
+    loader = iterate(pool, device, workers, batch_sampler=todo)
+    hidden = rank > 0 or not todo
+    for index, images, readable in progress(loader, "scoring", total=len(todo), disable=hidden):
         scores = score(as_input(images, device), index.to(device)).float().cpu()         # (B,)
         scores = scores.nan_to_num(torch.inf, torch.inf, torch.inf)
-        scores = scores.masked_fill(~readable, torch.nan)
-        stored[index.numpy()] = scores.numpy()
-        return scores
-
-    if todo:
-        loader = iterate(pool, device, workers, batch_sampler=todo)
-        score_pool(score_batch, progress(loader, "scoring", total=len(todo), disable=rank > 0))
-    elif path and rank == 0:
-        print(f"the scores of this pool are read from {path}")
-    scores = torch.from_numpy(np.array(stored))
-    return scores, unusable(pool, scores)
-
-
-def unusable(pool, scores):
-    """Return why files of the pool cannot be used, one line each; ValueError if most of it cannot.
-    """
-    reasons = []
+        stored[index] = scores.masked_fill(~readable, torch.nan)
+    scores, reasons = torch.from_numpy(np.array(stored)), []
     for i in (scores.isnan() | scores.isposinf()).nonzero().flatten().tolist():
         try:
             pool.view(i)
@@ -118,19 +97,12 @@ def unusable(pool, scores):
             reasons.append(str(error))
     if len(reasons) > len(pool) / 2:
         raise ValueError(f"{len(reasons)} of {len(pool)} pool files are unusable: {reasons[0]}")
-    return reasons
+    return scores, reasons
 
 
 def main(argv=None):
     """Score a pool by distance, in each process that torchrun started, or in this one."""
-    def stop(*_):                    # torchrun ends all processes as soon as one has died
-        print("error: another process has ended; start the same command again, it scores only "
-              "what is missing", file=sys.stderr, flush=True)
-        os._exit(2)
-
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if processes > 1:
-        signal.signal(signal.SIGTERM, stop)
     cfg = parse(Inputs, argv, main.__doc__)
     if cfg.deterministic:
         set_deterministic()
@@ -140,12 +112,14 @@ def main(argv=None):
     path = score_file(teacher, layers, pool, cfg)
     if rank == 0:                    # one process alone makes the file: another would empty it
         open_scores(path, len(pool))
-        if not path.exists():
-            raise ValueError(f"{path} cannot be written; start where it can be")
     while not path.exists():
         time.sleep(0.1)
-    cached_scores(lambda images, _: image_distances(teacher, images, layers, cfg.metric), pool,
-                  teacher.mean.device, cfg.workers, path, rank, processes)
+    try:
+        cached_scores(lambda images, _: image_distances(teacher, images, layers, cfg.metric), pool,
+                      teacher.mean.device, cfg.workers, path, rank, processes)
+    except KeyboardInterrupt as error:      # torchrun ends all processes as soon as one has died
+        error.add_note("the same command again scores only what is missing")
+        raise
     if rank == 0:
         print(f"scores: {path}; distill.py with the same options reads them")
 

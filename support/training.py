@@ -64,31 +64,26 @@ class Training:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
         self.done, self.curve, self.losses = 0, [], []           # losses: since the last check
         if self.path and self.path.exists():
-            self.load()
-
-    def load(self):
-        """Resume from the state on disk; ValueError if it belongs to another run."""
-        state = checkpoint.load(self.path)
-        if state.get("about") != self.about:
-            raise ValueError(f"{self.path} is not a state of this run; delete it to start over")
-        for name in PARTS:
-            getattr(self, name).load_state_dict(state[name])
-        self.done, self.curve = state["step"], state["curve"]
-        self.losses = [x.to(self.device) for x in state["losses"]]
+            state = checkpoint.load(self.path)
+            if state.get("about") != self.about:
+                raise ValueError(f"{self.path} is not a state of this run; delete it to start over")
+            for name in PARTS:
+                getattr(self, name).load_state_dict(state[name])
+            self.done, self.curve, self.losses = state["step"], state["curve"], state["losses"]
 
     def save(self):
-        """Save the state; ValueError, and nothing is written, if loss or weights are not finite."""
-        self.check_loss()
+        """Save the state; ValueError, and nothing is written, if a weight is not finite."""
         if not all(x.isfinite().all() for x in self.model.state_dict().values()):
             raise ValueError(BAD.format("a weight", self.done))
         if self.path:
             checkpoint.save({
                 "about": self.about, "step": self.done, "curve": self.curve, "losses": self.losses,
                 **{name: getattr(self, name).state_dict() for name in PARTS}}, self.path)
+        self.saved = time.monotonic()
 
     def check_loss(self):
         """Return the mean loss since the last check; ValueError names a step that is not finite."""
-        losses = torch.stack(self.losses) if self.losses else torch.zeros(1)
+        losses = torch.tensor([x.item() for x in self.losses])
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
             raise ValueError(BAD.format("the loss", self.done - len(losses) + int(bad[0]) + 1))
@@ -108,26 +103,22 @@ class Training:
         Images become float32 in [0, 1]. OSError for a file that can no longer be read, ValueError
         when the loss is not finite. Whatever stops it, training resumes from the last state.
         """
-        steps = self.cfg.steps
-        loader = iterate(dataset, self.device, self.cfg.workers, batch_size=None,
-                         sampler=range(self.done, steps))
+        todo = range(self.done, self.cfg.steps)
+        loader = iterate(dataset, self.device, self.cfg.workers, batch_size=None, sampler=todo)
         self.save()          # an interrupted caller of the Python API starts again from here
         self.model.train()
-        bar = progress(name=name, initial=self.done, total=steps)
-        saved = time.monotonic()
-        with closing(loader), bar:                            # closing ends the loading processes
-            for step, batch in enumerate(loader, self.done):
+        bar = progress(loader, name, initial=self.done, total=self.cfg.steps)
+        with closing(loader):                                 # closing ends the loading processes
+            for step, batch in enumerate(bar, self.done):
                 # Dropout depends on (seed, step) alone. On a CPU only the low 32 bits count.
                 torch.manual_seed((1_000_003 * self.cfg.seed + step) % 2 ** 63)
                 yield step, *(x if x is None else as_input(x, self.device) for x in batch)
-                self.done, last = step + 1, step + 1 == steps
+                self.done, last = step + 1, step == todo[-1]
                 if self.done % CHECK_EVERY == 0 or last:
                     self.curve.append((self.done, self.check_loss()))
                     self.losses = []
                     bar.set_postfix(loss=f"{self.curve[-1][1]:.4f}", refresh=False)
-                bar.update()
-                overdue = self.done % SAVE_EVERY == 0 or time.monotonic() - saved > SAVE_SECONDS
-                if overdue or last:
+                overdue = time.monotonic() - self.saved > SAVE_SECONDS
+                if self.done % SAVE_EVERY == 0 or overdue or last:
                     self.save()
-                    saved = time.monotonic()
         self.model.eval()

@@ -20,7 +20,7 @@ from support import scoring
 from support.data import Pool
 from support.images import as_input, find_images
 from support.options import one_sentence
-from support.scoring import score_file, unusable
+from support.scoring import score_file
 
 SIZE, CPU = (32, 48), torch.device("cpu")
 REPOSITORY = Path(__file__).parent.parent
@@ -72,33 +72,33 @@ def test_scores_are_stored_batch_by_batch_and_only_missing_ones_are_computed(
         assert read == list(range(16, 30))
 
 
-def test_the_file_is_another_for_another_teacher_pool_size_or_option(teacher, pool):
-    layers, options = bn_layers(teacher), ({"metric": "kl"}, {"match_colours": True},
-                                           {"sampling": "confidence"}, {"sampling": "random"},
-                                           {"sampling": "random", "seed": 1})
-    paths = [score_file(teacher, layers, pool, Config(**o)) for o in ({}, *options)]
-    paths += [score_file(teacher, dict(list(layers.items())[:2]), pool, Config()),
-              score_file(teacher, layers, Pool(pool.files[1:], SIZE), Config()),
-              score_file(teacher, layers, Pool(pool.files, (32, 32)), Config())]
+def test_the_file_is_another_for_another_teacher_pool_size_option_or_code(
+        teacher, pool, tmp_path, monkeypatch):
+    layers, paths = bn_layers(teacher), []
+
+    def name(pool=pool, layers=layers, **options):
+        paths.append(score_file(teacher, layers, pool, Config(**options)))
+
+    for options in ({}, {"metric": "kl"}, {"match_colours": True}, {"sampling": "confidence"},
+                    {"sampling": "random"}, {"sampling": "random", "seed": 1}):
+        name(**options)
+    name(layers=dict(list(layers.items())[:2]))
+    name(Pool(pool.files[1:], SIZE))
+    name(Pool(pool.files, (32, 32)))
     pool.files[3].write_bytes(pool.files[3].read_bytes() + b" ")
-    paths.append(score_file(teacher, layers, pool, Config()))
+    name()
     pool.files[7].unlink()                                       # vanished: no reason to stop
-    paths.append(score_file(teacher, layers, pool, Config()))
+    name()
     next(iter(layers.values())).running_mean[0] += 1
-    paths.append(score_file(teacher, layers, pool, Config()))
-    assert len(set(paths)) == len(paths)
-    same = Config(seed=3, steps=7, budget=2, workers=1)
-    assert score_file(teacher, layers, pool, same) == paths[-1]
-
-
-def test_scores_of_other_code_are_not_used_again(teacher, pool, tmp_path, monkeypatch):
-    monkeypatch.setattr(scoring, "__file__", str(tmp_path / "support/scoring.py"))
+    name()
     (tmp_path / "support").mkdir()
-    paths = []
+    monkeypatch.setattr(scoring, "__file__", str(tmp_path / "support/scoring.py"))
     for file, code in (("bn_stats.py", "1"), ("bn_stats.py", "2"), ("support/images.py", "1")):
         (tmp_path / file).write_text(code)
-        paths += [score_file(teacher, bn_layers(teacher), pool, Config()) for _ in range(2)]
-    assert paths[::2] == paths[1::2] and len(set(paths)) == 3
+        name()
+    assert len(set(paths)) == len(paths) == 15
+    name(seed=3, steps=7, budget=2, workers=1)                   # none of these changes a distance
+    assert paths[-1] == paths[-2]
 
 
 def test_files_that_cannot_be_read_score_nan_are_named_and_are_tried_again(
@@ -115,30 +115,25 @@ def test_files_that_cannot_be_read_score_nan_are_named_and_are_tried_again(
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_a_score_that_is_not_finite_is_named_and_not_computed_again(pool, tmp_path, bad):
-    batches = []
+def test_scores_that_are_not_finite_are_named_not_computed_again_and_at_most_half_of_the_pool(
+        pool, tmp_path, bad):
+    batches, count = [], 15
 
     def score(images, index):
         batches.append(index)
-        return torch.where(index == 4, bad, index.float())
+        return torch.where(index < count, bad, index.float())
 
     for _ in ("computed", "read"):
         scores, reasons = scoring.cached_scores(score, pool, CPU, path=tmp_path / "scores.f32")
-        assert scores.isinf().nonzero().flatten().tolist() == [4]
-        assert reasons == [f"{pool.files[4]}: its score is not finite"] and len(batches) == 2
-
-
-def test_a_pool_of_which_more_than_half_cannot_be_used_is_refused(pool):
-    scores = torch.arange(30.0)
-    scores[:15] = torch.inf
-    assert len(unusable(pool, scores)) == 15
-    scores[15] = torch.nan
+        assert scores.isinf().tolist() == 15 * [True] + 15 * [False] and len(batches) == 2
+        assert reasons == [f"{file}: its score is not finite" for file in pool.files[:15]]
+    count = 16
     with pytest.raises(ValueError, match=r"16 of 30 pool files are unusable: .*00\.png: its"):
-        unusable(pool, scores)
+        scoring.cached_scores(score, pool, CPU)
 
 
-def test_where_scores_cannot_be_stored_a_run_works_all_the_same(
-        teacher, pool, tmp_path, monkeypatch, capsys):
+def test_where_scores_cannot_be_stored_a_run_works_all_the_same_but_several_processes_do_not(
+        teacher, pool, world, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setattr(scoring, "STORE", tmp_path / "file/scores")
     result = distill.distill(teacher, build_model("resnet_tiny", 5), pool.files, SIZE, Config(
@@ -146,6 +141,8 @@ def test_where_scores_cannot_be_stored_a_run_works_all_the_same(
     assert "warning: the scores are not kept for later runs" in capsys.readouterr().out
     assert torch.equal(result["scores"], scores_of(teacher, pool)[0])
     assert (tmp_path / "run/chosen.csv").exists()
+    with pytest.raises(OSError, match="file/scores"):
+        scoring.main(f"--dataset none --pool {world}/pool --teacher {world}/teacher.pt".split())
 
 
 # ---------------------------------------------------------------- several processes
@@ -185,9 +182,9 @@ def test_two_processes_make_the_file_of_one_and_a_later_start_only_what_is_missi
         process.start()
     for process in processes:
         process.join()
-    assert [process.exitcode for process in processes] == [2, -signal.SIGKILL]
-    assert capfd.readouterr().err.endswith("error: another process has ended; start the same "
-                                           "command again, it scores only what is missing\n")
+    assert [process.exitcode for process in processes] == [130, -signal.SIGKILL]
+    assert capfd.readouterr().err.endswith(
+        "interrupted; the same command again scores only what is missing\n")
     path = scoring.STORE / one.name
     half = np.array([*expected[:32], *[-np.inf] * 34], np.float32)
     assert np.array_equal(np.fromfile(path, np.float32), half)
@@ -201,14 +198,6 @@ def test_two_processes_make_the_file_of_one_and_a_later_start_only_what_is_missi
     assert done.returncode == 0 and f"scores: runs/scores/{one.name}; distill.py" in done.stdout
     assert np.array_equal(np.fromfile(path, np.float32), [*half[:32], *expected[32:]])
 
-    monkeypatch.setattr(scoring, "score_pool", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(scoring, "as_input", lambda *_: pytest.fail("scored again"))
     distill.main([*words, "--budget", "8", "--dry-run", "--out", str(tmp_path / "run")])
     assert f"the scores of this pool are read from {path}" in capfd.readouterr().out
-
-
-def test_processes_that_find_no_place_for_their_scores_say_so(world, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(scoring, "STORE", tmp_path / "file/scores")
-    with pytest.raises(ValueError, match=r"file/scores/.*\.f32 cannot be written; start where"):
-        scoring.main(["--dataset", "none", "--pool", f"{world}/pool", "--teacher",
-                      f"{world}/teacher.pt"])

@@ -2,7 +2,7 @@
 
 import tempfile
 from types import SimpleNamespace
-from unittest.mock import Mock, call
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -36,18 +36,17 @@ def options(**changed):
 
 
 # The logits of 21 views take 25,200 bytes, the views themselves 37,800.
-@pytest.mark.parametrize("limit", [0, 30_000, 2 ** 32])
+@pytest.mark.parametrize(("limit", "files"), [(0, 2), (30_000, 1), (2 ** 32, 0)])
 def test_cached_logits_are_those_of_the_teacher_for_the_very_views_of_a_batch(
-        views, teacher_pass, tmp_path, monkeypatch, limit):
+        views, teacher_pass, tmp_path, monkeypatch, limit, files):
     room = tmp_path / "room"
     room.mkdir()
     monkeypatch.setattr(teacher_cache, "MEMORY", limit)
     file = Mock(wraps=tempfile.TemporaryFile)
     monkeypatch.setattr(tempfile, "TemporaryFile", file)
     cache = TeacherCache(teacher_pass, views, options(), CPU, room)
-    assert file.mock_calls[:1] == ([call(dir=room)] if limit == 0 else [])
-    assert not list(room.iterdir())                              # nothing stays behind
-    assert (cache.images is None) == (limit < 37_800) and cache.logits.dtype == torch.float16
+    assert [call.kwargs for call in file.mock_calls] == files * [{"dir": room}]
+    assert not list(room.iterdir()) and cache.logits.dtype == torch.float16    # nothing stays
     batches, fresh = Batches(views, 3, cache), Batches(views, 3)
     for t in range(7):                                           # three epochs
         images, index, logits = batches[t]
@@ -62,18 +61,23 @@ def test_logits_beyond_float16_are_cut_and_no_more_views_are_cached_than_will_be
     assert cache.count == 3                                      # of 20 / 7
     _, logits = cache[[(6, 2), (0, 0)]]
     assert logits.shape == (2, 1, 20, 30) and logits.abs().max() == 6e4
-    assert TeacherCache(lambda x: x, views, options(views=2), CPU).count == 2
 
 
-def test_a_disk_without_room_is_one_sentence_before_training(views, teacher_pass, tmp_path,
-                                                             monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
+def test_a_teacher_whose_logits_are_not_finite_is_named_with_the_file(views):
+    rows = iter(range(21))
 
+    def teacher_pass(images):                                    # row 14 is the last view of file 4
+        return torch.stack([x.fill_(torch.nan if next(rows) == 14 else 0) for x in images])
+
+    with pytest.raises(ValueError, match="the teacher's logits for .*4.png are infinite or NaN; "):
+        TeacherCache(teacher_pass, views, options(), CPU)
+
+
+def test_a_disk_without_room_is_one_sentence_before_training(views, teacher_pass, monkeypatch):
     monkeypatch.setattr(teacher_cache, "MEMORY", 0)
-    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(tempfile, "TemporaryFile", Mock(side_effect=OSError(28, "No space left")))
     with pytest.raises(OSError, match="no room for 0 GB .*No space left.*--views 0"):
-        TeacherCache(teacher_pass, views, options(), CPU, tmp_path)
+        TeacherCache(teacher_pass, views, options(), CPU)
 
 
 @pytest.mark.parametrize(("teacher", "student", "expected"), [

@@ -1,5 +1,7 @@
 """train_teacher.py: the data owner's side, from labelled images to a checkpoint."""
 
+from unittest.mock import DEFAULT, Mock
+
 import pytest
 import torch
 
@@ -22,10 +24,8 @@ def train(root, *words):
 
 
 def test_a_teacher_learns_and_its_checkpoint_holds_classes_size_and_statistics(owner, tmp_path):
-    short = train(owner, "--out", tmp_path / "short")
     metrics = train(owner, "--steps", 40, "--eval-split", "val", "--out", tmp_path / "t")
-    assert metrics["loss"] < 0.8 * short["loss"] and "miou" not in short
-    assert metrics["images"] == 8 and 0.2 < metrics["miou"] <= 1
+    assert metrics["loss"] < 1.6 and metrics["images"] == 8 and 0.2 < metrics["miou"] <= 1
     model = load_model(tmp_path / "t" / "teacher.pt")
     assert (model.name, model.num_classes, model.image_size) == ("resnet_tiny", 8, (32, 48))
     first = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
@@ -46,20 +46,14 @@ def test_no_option_of_training_is_ignored(owner, tmp_path):
 
 def test_an_interrupted_teacher_resumes_to_the_bit(owner, tmp_path, monkeypatch):
     train(owner, "--out", tmp_path / "whole")
-    loss, calls = train_teacher.cross_entropy, []
-
-    def stopping(*args):
-        calls.append(1)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return loss(*args)
-
+    loss = Mock(wraps=train_teacher.cross_entropy, side_effect=[*5 * [DEFAULT], KeyboardInterrupt])
     monkeypatch.setattr(training, "SAVE_EVERY", 4)
-    monkeypatch.setattr(train_teacher, "cross_entropy", stopping)
+    monkeypatch.setattr(train_teacher, "cross_entropy", loss)
     with pytest.raises(KeyboardInterrupt):
         train(owner, "--out", tmp_path / "torn")
+    loss.side_effect = None
     train_teacher.main(["--resume", "--out", str(tmp_path / "torn")])
-    assert len(calls) == 12
+    assert loss.call_count == 12
     whole, torn = (load_model(tmp_path / name / "teacher.pt") for name in ("whole", "torn"))
     assert fingerprint(whole) == fingerprint(torn)
 
@@ -84,21 +78,19 @@ def test_labels_that_do_not_fit_are_refused_before_training(owner, tmp_path, wor
 
 def test_the_builtin_teacher_is_trained_once_even_if_interrupted_and_used_again(
         tmp_path, monkeypatch):
-    runs = []
-
-    def interrupted_once(cfg, out):
-        runs.append(cfg.image_size)
-        if len(runs) == 1:
-            raise KeyboardInterrupt
+    def trained(cfg, out):
         out.mkdir(parents=True)
         (out / "teacher.pt").touch()
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(scenes, "write_scenes", lambda root, size: None)
-    monkeypatch.setattr(train_teacher, "train_teacher", interrupted_once)
+    train_once = Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr(train_teacher, "train_teacher", train_once)
     with pytest.raises(KeyboardInterrupt):
         train_teacher.builtin_teacher()
+    train_once.side_effect = trained
     first, second = train_teacher.builtin_teacher(), train_teacher.builtin_teacher()
     assert first == second and first[0] == "runs/scenes-64x96" and (tmp_path / first[1]).exists()
     assert train_teacher.builtin_teacher((32, 48))[1] != first[1]
-    assert runs == [(64, 96), (64, 96), (32, 48)]
+    assert [call.args[0].image_size for call in train_once.mock_calls] == [
+        (64, 96), (64, 96), (32, 48)]
