@@ -5,15 +5,12 @@ Use it
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 from PIL import Image
 
 from support.checkpoint import atomic
-from support.labelled import Labels, labels
-from support.options import option, running
-
-inputs, output = partial(option, group="inputs"), partial(option, group="output")
+from support.labelled import Labels
+from support.options import inputs, labels, output, running
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ Use it
 """
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ from torchvision.models.segmentation import FCN_ResNet50_Weights
 
 from support import scenes
 from support.images import find_images, load_image, resize_to_cover, to_tensor
-from support.options import Options, option
+from support.options import Options, labels
 from support.progress import progress
 
 IGNORE = 255
@@ -44,7 +43,6 @@ CITYSCAPES, CITYSCAPES_COLOURS = zip(*((c.name, c.color) for c in Cityscapes.cla
 # The size (H, W) at which each data set is used.
 DATASETS = {"scenes": (64, 96), "camvid": (360, 480), "voc": (512, 512),
             "cityscapes": (512, 1024), "folder": (256, 256), "none": (256, 256)}
-labels = partial(option, group="labels")
 
 
 @dataclass(frozen=True)

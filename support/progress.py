@@ -1,4 +1,4 @@
-"""A progress bar on a terminal; in a log file, a plain line now and then.
+"""A progress bar, which moves every second on a terminal and every 30 seconds in a log file.
 
 Use it
     from support.progress import progress
@@ -11,19 +11,7 @@ import sys
 from tqdm import tqdm
 
 
-class Lines:
-    """Where tqdm writes when there is no terminal: each state of the bar becomes a line."""
-
-    def write(self, text):
-        if text.strip():
-            sys.stderr.write(text.strip() + "\n")
-
-    def flush(self):
-        sys.stderr.flush()
-
-
-def progress(iterable=None, name="", **options):
-    """Return a tqdm bar over `iterable`; without a terminal, a line of 79 columns every 30 s."""
-    if sys.stderr.isatty():
-        return tqdm(iterable, name, mininterval=1, **options)
-    return tqdm(iterable, name, mininterval=30, ncols=79, ascii=True, file=Lines(), **options)
+def progress(iterable, name, **options):
+    """Return a tqdm bar over `iterable`."""
+    pause = 1 if sys.stderr.isatty() else 30
+    return tqdm(iterable, name, mininterval=pause, ncols=79, ascii=True, **options)
