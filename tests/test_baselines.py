@@ -50,8 +50,6 @@ def distance_of_set(model, images, metric="l2"):
     return bn_distance(pooled, layers, metric)[0]
 
 
-# ---------------------------------------------------------------- selections
-
 def test_the_mean_entropy_is_that_of_a_loop_over_pixels():
     logits = torch.randn(2, 3, 4, 5)
     for image, entropy in zip(logits, baselines.mean_entropy(logits), strict=True):
@@ -103,8 +101,6 @@ def test_the_program_lists_the_selected_ones_of_the_readable_images(teacher, wor
     with pytest.raises(ValueError, match="budget must be between 1 and 27"):
         baselines.main(f"{words} --budget 28 --out {tmp_path}/more".split())
 
-
-# ---------------------------------------------------------------- DeepInversion and tiles
 
 def test_the_bn_loss_is_that_of_all_pixels_of_a_batch_with_the_first_layer_ten_times(teacher):
     images = torch.rand(6, 3, *SIZE) * torch.rand(6, 3, 1, 1)

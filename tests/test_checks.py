@@ -118,8 +118,6 @@ def test_a_teacher_that_returns_probabilities_is_warned_of(check, capsys):
         assert "look like probabilities (softmax or sigmoid)" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------- does the pool fit the teacher?
-
 def test_the_mean_shift_is_the_root_mean_square_of_standardised_channel_means(pool_folder):
     teacher, pool = network(), Pool(find_images(pool_folder), SIZE)
     layers, indices = bn_layers(teacher), range(3, 29, 2)        # spread: 13 of 3 to 28, at most 20

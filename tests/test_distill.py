@@ -64,8 +64,6 @@ def chosen(out):
     return read_csv(out / "chosen.csv")[1:]
 
 
-# ---------------------------------------------------------------- what a run leaves
-
 def test_a_run_leaves_a_complete_record_a_figure_and_the_scores_of_the_networks_on_disk(
         world, tmp_path, capsys):
     out = tmp_path / "a"
@@ -123,8 +121,6 @@ def test_a_dry_run_says_and_draws_in_a_figure_how_well_the_pool_fits_and_trains_
     assert (tmp_path / "a/pool.png").exists() and not (tmp_path / "a/student.pt").exists()
 
 
-# ---------------------------------------------------------------- what does not change a student
-
 def test_neither_labels_nor_loader_workers_change_the_student(world, tmp_path, monkeypatch):
     """Without the train folder, and with other labels to evaluate on, the student is the same."""
     shutil.copytree(world, tmp_path / "world")
@@ -150,8 +146,6 @@ def test_the_teacher_keeps_every_bit_also_in_bfloat16(world, tmp_path, monkeypat
     assert checkpoint.fingerprint(used[0]) == checkpoint.fingerprint(on_disk)
     assert not used[0].train().training                           # nor can it leave eval mode
 
-
-# ---------------------------------------------------------------- resuming
 
 def killed(module, name, call, words):
     """Run distill.py in a process that kills itself in the n-th call of a function of a module."""
@@ -205,8 +199,6 @@ def test_a_run_is_finished_only_when_its_figure_is_drawn(world, tmp_path, monkey
     assert (tmp_path / "run/metrics.json").exists()
 
 
-# ---------------------------------------------------------------- the Python API
-
 def bare(seed=0):
     """Return a network that is no SegmentationModel."""
     torch.manual_seed(seed)
@@ -256,8 +248,6 @@ def test_another_run_in_the_same_folder_is_refused_and_its_student_left_alone(
     assert identical(bare(seed=2).state_dict(), same_shape.state_dict())
 
 
-# ---------------------------------------------------------------- which photos are used
-
 def test_photos_that_are_evaluated_on_or_cannot_be_read_are_left_out_and_named(
         world, tmp_path, capsys):
     pool = tmp_path / "pool"
@@ -296,8 +286,6 @@ def test_pretrained_students_keep_imagenets_normalisation(monkeypatch):
     assert plain["mean"] == [0, 0, 0] and "mean" not in pretrained
     assert pretrained["weights_backbone"] == "DEFAULT"
 
-
-# ---------------------------------------------------------------- what is wrong is said
 
 BAD_INPUTS = {
     "--pool nowhere": "there is no folder nowhere", "--pool ": "--pool is missing",

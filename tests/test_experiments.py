@@ -22,8 +22,6 @@ def options(words):
     return asdict(parse(distill.Config, shlex.split(words), ""))
 
 
-# ---------------------------------------------------------------- presets
-
 @pytest.mark.parametrize("preset", NAMES)
 def test_every_row_is_a_line_of_distill_and_a_name_means_the_same_everywhere(preset):
     for name, words in compare.read_preset(preset).items():
@@ -74,8 +72,6 @@ def test_a_table_that_cannot_be_made_gets_one_sentence(words):
         compare.main(shlex.split(words))
 
 
-# ---------------------------------------------------------------- single runs
-
 def in_this_process(monkeypatch, program, stderr=""):
     """Let compare.py call `program` with the words of distill.py; it returns the exit code."""
     monkeypatch.setattr(compare, "subprocess", SimpleNamespace(
@@ -103,8 +99,6 @@ def test_an_interrupted_run_is_resumed_and_a_failed_one_is_quoted(tmp_path, monk
     assert asked == [["--steps", "5", "--out", str(tmp_path)],
                      ["--steps", "5", "--out", str(tmp_path), "--resume"]]
 
-
-# ---------------------------------------------------------------- the whole
 
 def test_a_record_holds_runs_and_extra_splits_and_is_not_made_twice(world, tmp_path, pool_folder,
                                                                     monkeypatch, capsys):

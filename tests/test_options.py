@@ -30,8 +30,6 @@ class Config(Running):
     share: float | None = option(None, "part of the pool")
 
 
-# ---------------------------------------------------------------- command lines
-
 def test_words_become_values_of_the_declared_types_and_a_record_gives_the_others():
     words = "--steps 10 --lr 1e-3 --size 64 96 --share 4 --resume --out x"
     cfg = parse(Config, words.split(), "")
@@ -72,8 +70,6 @@ def test_a_config_refuses_what_an_option_cannot_take_wherever_it_is_made(values,
     with pytest.raises(ValueError, match=f"^{said}"):
         dataclasses.replace(Config(), **values)
 
-
-# ---------------------------------------------------------------- where a run computes
 
 def test_the_tests_compute_on_the_cpu():
     """conftest.py hides the GPUs from them."""
@@ -136,8 +132,6 @@ def test_a_busy_machine_is_named_at_the_start_unless_there_is_one_thread(
     monkeypatch.delattr(os, "getloadavg")                        # as on Windows
     records.in_folder(lambda *_: None, Config, ["--out", str(tmp_path)], "")
 
-
-# ---------------------------------------------------------------- errors of a user
 
 def ended(error, capsys):
     """Return (exit code, stderr) of a program whose main raises an error."""

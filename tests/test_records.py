@@ -38,8 +38,6 @@ def resumed(out, *words):
     return in_folder(lambda cfg, out: cfg, Config, ["--resume", "--out", str(out), *words], "")
 
 
-# ---------------------------------------------------------------- folders of runs
-
 def test_runs_get_the_next_free_number(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert begin().as_posix() == "runs/001"
@@ -108,8 +106,6 @@ def test_an_interrupted_run_says_how_to_resume_it(tmp_path, monkeypatch, capsys)
     assert said(FileNotFoundError("x")) == (2, "error: x\n")     # a typo is not resumed
 
 
-# ---------------------------------------------------------------- tables
-
 def test_a_table_is_read_back_also_with_file_names_of_any_bytes(tmp_path):
     names = ["a,b.png", 'say "x"', "two\nlines.jpg", "re\rturn\\.jpg", os.fsdecode(b"caf\xe9.jpg"),
              "\xe9.jpg"]
@@ -132,8 +128,6 @@ def test_a_run_does_not_resume_with_other_images_than_it_began_with(tmp_path):
     assert read_csv(tmp_path / "chosen.csv")[1:] == [["b.jpg", "1.0", "1.0"],
                                                      ["a.jpg", "2.0", "0.0"]]
 
-
-# ---------------------------------------------------------------- what a number depends on
 
 def test_the_environment_is_recorded_with_and_without_git(monkeypatch, tmp_path):
     known = environment(torch.device("cpu"), "bfloat16")

@@ -145,8 +145,6 @@ def test_where_scores_cannot_be_stored_a_run_works_all_the_same_but_several_proc
         scoring.main(f"--dataset none --pool {world}/pool --teacher {world}/teacher.pt".split())
 
 
-# ---------------------------------------------------------------- several processes
-
 def end_in_the_second_batch(rank, words):
     """Score as the process `rank` of two; the second is killed, then torchrun ends the first."""
     as_input, batches = scoring.as_input, []

@@ -109,8 +109,6 @@ def test_dropout_depends_on_seed_and_step_alone():
     assert len(set(drawn)) == 12 and masks(7, noise=2) == drawn[:3]    # three steps of four seeds
 
 
-# ---------------------------------------------------------------- resuming
-
 @pytest.mark.parametrize(("stop_at", "workers"), [(2, 0), (6, 1), (11, 0)])
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
         often, tmp_path, monkeypatch, stop_at, workers):
@@ -176,8 +174,6 @@ def test_a_loading_process_that_dies_is_one_sentence_and_hangs_nothing(capsys):
     assert last.startswith("error: a process that loads images died") and "--workers" in last
 
 
-# ---------------------------------------------------------------- losses that blow up
-
 @pytest.mark.parametrize(("bad", "step"), [(math.nan, 5), (math.inf, 6), (math.nan, 12)])
 def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_saves_nothing(
         often, tmp_path, bad, step):
@@ -202,8 +198,6 @@ def test_weights_that_are_not_finite_behind_a_finite_loss_are_not_saved(often, t
     state = checkpoint.load(tmp_path / "state.pt")
     assert state["step"] == 4 and all(x.isfinite().all() for x in state["model"].values())
 
-
-# ---------------------------------------------------------------- mixed precision
 
 @pytest.mark.parametrize(("amp", "dtype"), [("off", torch.float32), ("bfloat16", torch.bfloat16),
                                             ("float16", torch.float16)])
