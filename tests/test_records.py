@@ -5,23 +5,17 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
 
+from distill import Config
 from support.images import read_csv
-from support.options import Running, one_sentence, option
+from support.options import one_sentence
 from support.records import (by_name, differences, digest, environment, in_folder, write_csv,
                              write_selection)
-
-
-@dataclass(frozen=True)
-class Config(Running):
-    steps: int = option(900, "number of updates")
-    size: tuple[int, int] | None = option(None, "height and width")
 
 
 def begin(*words):
@@ -48,11 +42,11 @@ def test_runs_get_the_next_free_number(tmp_path, monkeypatch):
 def test_a_folder_that_holds_a_result_is_refused_unless_its_run_is_resumed(tmp_path):
     for name in (".123.4f", "config.json", "skipped.csv"):       # of a run that failed early
         (tmp_path / name).write_text("{")
-    words = ["--out", tmp_path, "--steps", 7, "--size", 64, 96]
+    words = ["--out", tmp_path, "--steps", 7, "--image-size", 64, 96]
     assert begin(*words) == tmp_path
     with pytest.raises(ValueError, match="is not empty; choose another --out, or .*--resume"):
         begin(*words)
-    assert resumed(tmp_path) == Config(out=str(tmp_path), steps=7, size=(64, 96), resume=True)
+    assert resumed(tmp_path) == Config(out=str(tmp_path), steps=7, image_size=(64, 96), resume=True)
 
 
 def test_a_run_is_not_resumed_where_there_is_none_or_a_finished_one(tmp_path):
@@ -64,14 +58,14 @@ def test_a_run_is_not_resumed_where_there_is_none_or_a_finished_one(tmp_path):
 
 
 def test_resuming_with_other_options_names_what_changed_and_keeps_the_record(tmp_path):
-    begin("--out", tmp_path)
-    with pytest.raises(ValueError, match=r"\(steps: 900, now 10; size: None, now \[8, 9\]\)"):
-        resumed(tmp_path, "--steps", "10", "--size", "8", "9")
-    other = resumed(tmp_path, "--steps", "900", "--workers", "9", "--device", "cpu")
+    begin("--out", tmp_path, "--steps", 900)
+    with pytest.raises(ValueError, match=r"\(image_size: None, now \[8, 9\]; steps: 900, now 10\)"):
+        resumed(tmp_path, "--steps", "10", "--image-size", "8", "9")
+    other = resumed(tmp_path, "--workers", "9", "--device", "cpu")
     assert (other.workers, other.device) == (9, "cpu")           # how it is computed may change
     recorded = json.loads((tmp_path / "config.json").read_text())
     assert (recorded["steps"], recorded["workers"]) == (900, None)
-    assert digest(other) == digest(Config()) != digest(Config(amp="off"))
+    assert digest(other) == digest(Config(steps=900)) != digest(Config(steps=900, amp="off"))
     recorded.pop("seed")                                         # as before the option existed
     assert differences(dataclasses.asdict(other), recorded) == ["seed: None, now 0"]
 
