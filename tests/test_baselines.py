@@ -85,8 +85,7 @@ def test_herding_adds_the_image_that_brings_the_set_nearest_to_the_statistics(te
 
 
 @pytest.mark.parametrize("method", ["entropy", "k-centre", "herding"])
-def test_the_program_lists_the_selected_ones_of_the_readable_images(teacher, words, tmp_path,
-                                                                    pool_folder, method):
+def test_the_program_lists_what_it_selects(teacher, words, tmp_path, pool_folder, method):
     (pool_folder / "01.png").write_bytes(b"no picture")
     words += f"--method {method} --dataset none --pool {pool_folder}"
     baselines.main(f"{words} --budget 5 --out {tmp_path}/out".split())

@@ -111,8 +111,7 @@ def test_deterministic_algorithms_are_set_where_a_program_starts(tmp_path, monke
         torch.use_deterministic_algorithms(False)
 
 
-def test_a_busy_machine_is_named_at_the_start_unless_there_is_one_thread(
-        tmp_path, monkeypatch, capsys):
+def test_a_busy_machine_is_named_unless_there_is_one_thread(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     for load, threads, busy in ((2.1, 2, True), (2.1, 1, False), (0.4, 2, False)):
         monkeypatch.setattr(os, "getloadavg", lambda now=load: (now, 0, 0), raising=False)
@@ -130,16 +129,12 @@ def test_sigterm_is_an_interruption_which_has_its_exit_code(capsys):
     assert caught.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
-MEMORY = "out of memory; lower --batch-size, --image-size or --views"
-FILES = "too many open files; raise `ulimit -n`"
-
-
 @pytest.mark.parametrize(("error", "sentence"), [
     (ValueError("a is 1, b is 2"), "a is 1, b is 2"), (OSError("no folder x"), "no folder x"),
-    (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"), MEMORY),
-    (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried"), MEMORY),
-    (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), FILES),
-    (RuntimeError("unable to open shared memory object: Too many open files (24)"), FILES),
+    (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), "out of memory; lower"),
+    (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), "out of memory; lower"),
+    (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "too many open files; raise `ulimit -n`"),
+    (RuntimeError("unable to open shared memory object: Too many open files (24)"), "too many op"),
     (RuntimeError("DataLoader worker (pid 9) is killed by signal: Killed"),
      "a process that loads images died; use fewer --workers"),
     (RuntimeError("unexpected EOF, expected 9 more bytes"), "a downloaded file is cut off; delete"),
@@ -154,8 +149,7 @@ def test_what_python_and_torch_raise_is_explained_by_its_cause(error, sentence, 
     assert re.fullmatch(rf"\n?error: {re.escape(sentence)}.*\n", said.err)
 
 
-def test_a_bug_keeps_its_traceback_as_do_all_errors_on_demand_and_no_error_returns_nothing(
-        monkeypatch):
+def test_a_bug_keeps_its_traceback_as_do_all_errors_on_demand(monkeypatch):
     for bug in (TypeError("a bug"), KeyError("Caught KeyError in DataLoader worker process 0."),
                 RuntimeError("CUDA error: an illegal memory access was encountered")):
         with pytest.raises(type(bug)):

@@ -1,4 +1,7 @@
-"""scoring.py: a pool is scored once, in any number of processes, and what cannot be is named."""
+"""scoring.py: a pool is scored once, in any number of processes, and what cannot be is named.
+
+That scores are those of the function in pool order is tested in test_method.py.
+"""
 
 import multiprocessing
 import os
@@ -41,17 +44,7 @@ def scores_of(teacher, pool, **how):
                                  **how)
 
 
-def test_scores_are_those_of_the_function_in_pool_order(teacher, pool):
-    scores, skipped = scores_of(teacher, pool)
-    images = as_input(torch.stack([pool.view(i) for i in range(30)]), CPU)
-    torch.testing.assert_close(scores, image_distances(teacher, images))
-    assert scores.shape == (30,) and skipped == []
-    indices, _ = scoring.cached_scores(lambda images, index: index, pool, CPU)
-    assert indices.tolist() == list(range(30))
-
-
-def test_the_file_is_another_for_another_teacher_pool_size_option_or_code(
-        teacher, pool, tmp_path, monkeypatch):
+def test_another_teacher_pool_option_or_code_has_another_file(teacher, pool, tmp_path, monkeypatch):
     layers = bn_layers(teacher)
 
     def name(pool=pool, layers=layers, **options):
@@ -75,8 +68,7 @@ def test_the_file_is_another_for_another_teacher_pool_size_option_or_code(
     assert paths[-1] == name(seed=3, steps=7, budget=2, workers=1)      # no distance depends on it
 
 
-def test_files_that_cannot_be_read_score_nan_are_named_and_are_tried_again(
-        teacher, pool, tmp_path):
+def test_unreadable_files_score_nan_are_named_and_are_tried_again(teacher, pool, tmp_path):
     path, away = tmp_path / "scores.f32", pool.files[7].rename(tmp_path / "away")
     pool.files[4].write_bytes(b"not a picture")
     for _ in ("computed", "read"):
@@ -88,8 +80,7 @@ def test_files_that_cannot_be_read_score_nan_are_named_and_are_tried_again(
     assert "04.png" in first and torch.equal(scores[5:], scores_of(teacher, pool)[0][5:])
 
 
-def test_scores_that_are_not_finite_are_named_not_computed_again_and_at_most_half_of_the_pool(
-        pool, tmp_path):
+def test_infinite_scores_are_named_kept_and_at_most_half_of_the_pool(pool, tmp_path):
     bad, batches, many = torch.tensor([torch.nan, torch.inf, -torch.inf]), [], 15
 
     def score(images, index):
@@ -132,8 +123,7 @@ def end_in_the_second_batch(rank, words):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_two_processes_make_the_file_of_one_and_a_later_start_only_what_is_missing(
-        world, tmp_path, monkeypatch, capfd):
+def test_two_processes_make_the_file_of_one_even_if_killed(world, tmp_path, monkeypatch, capfd):
     """66 of 70 photos are scored, in five batches: 0, 2 and 4 by the first process."""
     write_photos(tmp_path / "pool", 70)
     words = (f"--dataset none --pool {tmp_path}/pool --teacher {world}/teacher.pt --device cpu "

@@ -3,7 +3,6 @@
 import math
 import os
 import signal
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -11,16 +10,12 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from distill import Config
 from support import checkpoint, training
 from support.checkpoint import fingerprint
 from support.data import Batches, Views
-from support.options import Running, one_sentence, option
+from support.options import one_sentence
 from support.training import Training, warmup_poly
-
-
-@dataclass(frozen=True)
-class Config(Running):
-    steps: int = option(12, "number of updates")
 
 
 class Noise(Dataset):
@@ -44,7 +39,7 @@ def usual_loss(model, step, images):
 
 def train(model, loss=usual_loss, data=None, out=None, **options):
     """Train with a loss (model, step, images) -> scalar; return the run."""
-    cfg = Config(**{"amp": "off"} | options)
+    cfg = Config(**{"steps": 12, "amp": "off"} | options)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     scheduler = warmup_poly(optimizer, cfg.steps)
     run = Training(model, optimizer, scheduler, cfg, out)
@@ -99,8 +94,7 @@ def test_dropout_depends_on_seed_and_step_alone():
 
 
 @pytest.mark.parametrize(("stop_at", "workers"), [(2, 0), (6, 1), (11, 0)])
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
-        often, tmp_path, monkeypatch, stop_at, workers):
+def test_a_resumed_run_is_the_same_to_the_bit(often, tmp_path, monkeypatch, stop_at, workers):
     """Stopped before, at and after a state, which may fall between two checks of the loss."""
     monkeypatch.setattr(training, "SAVE_EVERY", 3)
 
@@ -130,8 +124,7 @@ def test_a_state_is_saved_at_least_every_so_many_seconds_and_at_the_end(tmp_path
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_file_that_vanishes_stops_with_its_name_and_a_state(
-        often, tmp_path, pool_folder, workers):
+def test_a_file_that_vanishes_stops_a_run_with_its_name(often, tmp_path, pool_folder, workers):
     data = Batches(Views(sorted(pool_folder.iterdir()), (8, 8), 0), 4)
     gone = data.views.files[data.keys(5)[2][0]]
     gone.unlink()
@@ -159,8 +152,7 @@ def test_a_loading_process_that_dies_is_one_sentence_and_hangs_nothing(capsys):
     ("the loss", 5, lambda x: x * math.nan), ("the loss", 6, lambda x: x * math.inf),
     ("the loss", 12, lambda x: x * math.nan),
     ("a weight", 8, lambda x: (0 * x).sqrt())])                  # 0, but its slope is infinite
-def test_a_loss_or_weight_that_is_not_finite_stops_the_run_is_named_and_never_saved(
-        often, tmp_path, what, step, spoil):
+def test_what_is_not_finite_is_named_and_not_saved(often, tmp_path, what, step, spoil):
     def loss(model, t, images):
         value = model(images).square().mean()
         return spoil(value) if t + 1 == step else value
