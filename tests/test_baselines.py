@@ -50,8 +50,6 @@ def distance_of_set(model, images, metric="l2"):
     return bn_distance(pooled, layers, metric)[0]
 
 
-# ---------------------------------------------------------------- selections
-
 def test_the_mean_entropy_is_that_of_a_loop_over_pixels():
     logits = torch.randn(2, 3, 4, 5)
     for image, entropy in zip(logits, baselines.mean_entropy(logits), strict=True):
@@ -87,8 +85,7 @@ def test_herding_adds_the_image_that_brings_the_set_nearest_to_the_statistics(te
 
 
 @pytest.mark.parametrize("method", ["entropy", "k-centre", "herding"])
-def test_the_program_lists_the_selected_ones_of_the_readable_images(teacher, words, tmp_path,
-                                                                    pool_folder, method):
+def test_the_program_lists_what_it_selects(teacher, words, tmp_path, pool_folder, method):
     (pool_folder / "01.png").write_bytes(b"no picture")
     words += f"--method {method} --dataset none --pool {pool_folder}"
     baselines.main(f"{words} --budget 5 --out {tmp_path}/out".split())
@@ -103,8 +100,6 @@ def test_the_program_lists_the_selected_ones_of_the_readable_images(teacher, wor
     with pytest.raises(ValueError, match="budget must be between 1 and 27"):
         baselines.main(f"{words} --budget 28 --out {tmp_path}/more".split())
 
-
-# ---------------------------------------------------------------- DeepInversion and tiles
 
 def test_the_bn_loss_is_that_of_all_pixels_of_a_batch_with_the_first_layer_ten_times(teacher):
     images = torch.rand(6, 3, *SIZE) * torch.rand(6, 3, 1, 1)

@@ -6,6 +6,7 @@ import subprocess
 from dataclasses import asdict
 from itertools import pairwise, product
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -15,20 +16,15 @@ from experiments import compare
 from support.images import read_csv
 from support.options import parse
 
-NAMES = sorted({row[0] for row in read_csv(compare.ROWS)[1:]})
-
 
 def options(words):
     return asdict(parse(distill.Config, shlex.split(words), ""))
 
 
-# ---------------------------------------------------------------- presets
-
-@pytest.mark.parametrize("preset", NAMES)
+@pytest.mark.parametrize("preset", sorted({row[0] for row in read_csv(compare.ROWS)[1:]}))
 def test_every_row_is_a_line_of_distill_and_a_name_means_the_same_everywhere(preset):
     for name, words in compare.read_preset(preset).items():
-        assert options(words)
-        assert compare.read_preset("headline").get(name, words) == words
+        assert options(words) and compare.read_preset("headline").get(name, words) == words
 
 
 def test_the_ladder_goes_to_the_recipe_one_option_a_step():
@@ -74,8 +70,6 @@ def test_a_table_that_cannot_be_made_gets_one_sentence(words):
         compare.main(shlex.split(words))
 
 
-# ---------------------------------------------------------------- single runs
-
 def in_this_process(monkeypatch, program, stderr=""):
     """Let compare.py call `program` with the words of distill.py; it returns the exit code."""
     monkeypatch.setattr(compare, "subprocess", SimpleNamespace(
@@ -94,20 +88,16 @@ def test_a_finished_run_is_read_again_only_for_the_same_options(tmp_path):
 
 
 def test_an_interrupted_run_is_resumed_and_a_failed_one_is_quoted(tmp_path, monkeypatch):
-    asked = []
-    in_this_process(monkeypatch, lambda words: asked.append(words) or 2, "error: no such teacher")
-    for _ in range(2):
+    program = Mock(return_value=2)
+    in_this_process(monkeypatch, program, "error: no such teacher")
+    for resume in ([], ["--resume"]):
         with pytest.raises(ValueError, match=r"distill.py --steps 5 .* failed: error: no such te"):
             compare.run_once(["--steps", "5"], tmp_path)
+        program.assert_called_with(["--steps", "5", "--out", str(tmp_path), *resume])
         (tmp_path / "state.pt").touch()
-    assert asked == [["--steps", "5", "--out", str(tmp_path)],
-                     ["--steps", "5", "--out", str(tmp_path), "--resume"]]
 
 
-# ---------------------------------------------------------------- the whole
-
-def test_a_record_holds_runs_and_extra_splits_and_is_not_made_twice(world, tmp_path, pool_folder,
-                                                                    monkeypatch, capsys):
+def test_a_record_is_complete_and_made_once(world, tmp_path, pool_folder, monkeypatch, capsys):
     in_this_process(monkeypatch, lambda words: 0 if distill.main(words) else 1)
     monkeypatch.setattr("support.figures.run_figure", lambda *_: None)
     data = f"--dataset folder --data-root {world} --num-classes 8 --device cpu"
@@ -116,13 +106,13 @@ def test_a_record_holds_runs_and_extra_splits_and_is_not_made_twice(world, tmp_p
     words = ["--rows", "^random", "--seeds", "2", "--common", common, "--extra-splits",
              "val val:03", "--runs", f"{tmp_path}/runs", "--out", f"{tmp_path}/record.json"]
     compare.main(words)
-    record = json.loads((tmp_path / "record.json").read_text())
+    text = (tmp_path / "record.json").read_text()
+    record = json.loads(text)
     assert " --pool pool --budget 5 " in record["common"] and "/" not in record["common"]
-    assert [(run["row"], run["seed"]) for run in record["runs"]] == [("random", 0), ("random", 1)]
-    for run in record["runs"]:
+    for seed, run in zip((0, 1), record["runs"], strict=True):
+        assert (run["row"], run["seed"], run["updates"]) == ("random", seed, 2)
         assert run["options"] == "--sampling random --schedule uniform" and "config" not in run
-        assert run["updates"] == 2
-        student = f"--checkpoint {tmp_path}/runs/random-s{run['seed']}/student.pt"
+        student = f"--checkpoint {tmp_path}/runs/random-s{seed}/student.pt"
         assert run["splits"] == {split: evaluate.main(
             f"{data} {student} --split {split}".split())["miou"] for split in ("val", "val:03")}
         assert run["splits"]["val"] != run["splits"]["val:03"]
@@ -130,7 +120,7 @@ def test_a_record_holds_runs_and_extra_splits_and_is_not_made_twice(world, tmp_p
     monkeypatch.setattr(distill, "main", None)
     monkeypatch.setattr(evaluate, "main", None)
     compare.main(words)
-    assert json.loads((tmp_path / "record.json").read_text()) == record
+    assert (tmp_path / "record.json").read_text() == text
     table = capsys.readouterr().out.split("| row (seeds) |")[-1]
     compare.main(["--table", f"{tmp_path}/record.json"])
     assert capsys.readouterr().out.endswith(table)

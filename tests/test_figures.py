@@ -28,9 +28,9 @@ def result(pool_folder):
 @pytest.fixture
 def drawn(monkeypatch):
     """Return the list of the figures that would be written from here on."""
-    figures_drawn = []
-    monkeypatch.setattr(figures, "save_png", lambda figure, path: figures_drawn.append(figure))
-    return figures_drawn
+    written = []
+    monkeypatch.setattr(figures, "save_png", lambda figure, path: written.append(figure))
+    return written
 
 
 @pytest.mark.parametrize("sampling", ["nearest", "confidence", "random"])
@@ -38,15 +38,14 @@ def test_figures_say_what_the_scores_are_and_show_the_first_and_the_last(result,
     figures.pool_figure(result, (32, 48), sampling, "pool.png")
     (figure,), (axis, first, last) = drawn, figures.SCORES[sampling]
     assert figure.axes[0].get_xlabel() == f"{axis} (last bin: all beyond)"
-    assert [part.get_suptitle() for part in figure.subfigs[1:]] == [f"{first} in the pool",
-                                                                   f"{last} in the pool"]
+    rows = [part.get_suptitle() for part in figure.subfigs[1:]]
+    assert rows == [f"{first} in the pool", f"{last} in the pool"]
     assert figure.axes[0].get_legend().get_texts()[0].get_text() == "pool, 29 images"
     titles = [ax.get_title() for ax in figure.axes[1:]]                      # scores, in order
     assert (len(titles), titles[0], titles[-1]) == (20, "1", "2")
 
 
-def test_a_run_has_a_figure_with_masks_in_the_legends_colours_whatever_the_classes_are_called(
-        result, drawn, tmp_path):
+def test_masks_have_the_legends_colours_whatever_classes_are_called(result, drawn, tmp_path):
     names = ["$\\unknown$", "a_$", "\\$5 {"]
     teacher = build_model("resnet_tiny", 3, class_names=names, image_size=(32, 48))
     result["scores"] = torch.ones(30)                            # a histogram of equal scores
@@ -72,7 +71,6 @@ def test_examples_are_spread_evenly_and_few_images_are_not_shown_twice():
     rows = figures.examples(labelled, {"Student": model}, predict)
     assert [int(mask[0, 0]) for mask in rows["Truth"]] == [16, 32, 49, 65, 81]
     assert rows["Input"][0].shape == (16, 16, 3) and rows["Input"][0].mean() == pytest.approx(0.16)
-    expected = predict(model, labelled[16][0].unsqueeze(0), (8, 8))[0]
-    assert torch.equal(rows["Student"][0], expected)
+    assert torch.equal(rows["Student"][0], predict(model, labelled[16][0][None], (8, 8))[0])
     rows = figures.examples([(x.unsqueeze(0), None) for x, _ in labelled[:3]], {}, predict)
     assert list(rows) == ["Input"] and len(rows["Input"]) == 2

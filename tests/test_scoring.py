@@ -1,10 +1,14 @@
-"""scoring.py: a pool is scored once, in any number of processes, and what cannot be is named."""
+"""scoring.py: a pool is scored once, in any number of processes, and what cannot be is named.
+
+That scores are those of the function in pool order is tested in test_method.py.
+"""
 
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +27,6 @@ from support.options import one_sentence
 from support.scoring import score_file
 
 SIZE, CPU = (32, 48), torch.device("cpu")
-REPOSITORY = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -41,68 +44,31 @@ def scores_of(teacher, pool, **how):
                                  **how)
 
 
-def test_scores_are_those_of_the_function_in_pool_order(teacher, pool):
-    scores, skipped = scores_of(teacher, pool)
-    images = as_input(torch.stack([pool.view(i) for i in range(30)]), CPU)
-    torch.testing.assert_close(scores, image_distances(teacher, images))
-    assert scores.shape == (30,) and skipped == []
-    indices, _ = scoring.cached_scores(lambda images, index: index, pool, CPU)
-    assert indices.tolist() == list(range(30))
-
-
-def test_scores_are_stored_batch_by_batch_and_only_missing_ones_are_computed(
-        teacher, pool, tmp_path, monkeypatch):
-    path, read, item = tmp_path / "scores.f32", [], Pool.__getitem__
-
-    def failing(self, i):
-        if i == 20:
-            raise KeyboardInterrupt
-        return item(self, i)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Pool, "__getitem__", failing)
-        scores_of(teacher, pool, path=path)
-    whole, _ = scores_of(teacher, pool)
-    stored = np.fromfile(path, np.float32)
-    assert np.array_equal(stored[:16], whole[:16]) and (stored[16:] == -np.inf).all()
-
-    monkeypatch.setattr(Pool, "__getitem__", lambda self, i: read.append(i) or item(self, i))
-    for _ in ("computed", "read"):
-        assert torch.equal(scores_of(teacher, pool, path=path)[0], whole)
-        assert read == list(range(16, 30))
-
-
-def test_the_file_is_another_for_another_teacher_pool_size_option_or_code(
-        teacher, pool, tmp_path, monkeypatch):
-    layers, paths = bn_layers(teacher), []
+def test_another_teacher_pool_option_or_code_has_another_file(teacher, pool, tmp_path, monkeypatch):
+    layers = bn_layers(teacher)
 
     def name(pool=pool, layers=layers, **options):
-        paths.append(score_file(teacher, layers, pool, Config(**options)))
+        return score_file(teacher, layers, pool, Config(**options))
 
-    for options in ({}, {"metric": "kl"}, {"match_colours": True}, {"sampling": "confidence"},
-                    {"sampling": "random"}, {"sampling": "random", "seed": 1}):
-        name(**options)
-    name(layers=dict(list(layers.items())[:2]))
-    name(Pool(pool.files[1:], SIZE))
-    name(Pool(pool.files, (32, 32)))
-    pool.files[3].write_bytes(pool.files[3].read_bytes() + b" ")
-    name()
-    pool.files[7].unlink()                                       # vanished: no reason to stop
-    name()
-    next(iter(layers.values())).running_mean[0] += 1
-    name()
+    paths = [name(**options) for options in (
+        {}, {"metric": "kl"}, {"match_colours": True}, {"sampling": "confidence"},
+        {"sampling": "random"}, {"sampling": "random", "seed": 1},
+        {"layers": dict(list(layers.items())[:2])}, {"pool": Pool(pool.files[1:], SIZE)},
+        {"pool": Pool(pool.files, (32, 32))})]
+    for change in (lambda: pool.files[3].write_bytes(b"other"), pool.files[7].unlink,
+                   lambda: next(iter(layers.values())).running_mean.add_(1)):
+        change()
+        paths.append(name())
     (tmp_path / "support").mkdir()
     monkeypatch.setattr(scoring, "__file__", str(tmp_path / "support/scoring.py"))
     for file, code in (("bn_stats.py", "1"), ("bn_stats.py", "2"), ("support/images.py", "1")):
         (tmp_path / file).write_text(code)
-        name()
-    assert len(set(paths)) == len(paths) == 15
-    name(seed=3, steps=7, budget=2, workers=1)                   # none of these changes a distance
-    assert paths[-1] == paths[-2]
+        paths.append(name())
+    assert len(set(paths)) == 15
+    assert paths[-1] == name(seed=3, steps=7, budget=2, workers=1)      # no distance depends on it
 
 
-def test_files_that_cannot_be_read_score_nan_are_named_and_are_tried_again(
-        teacher, pool, tmp_path):
+def test_unreadable_files_score_nan_are_named_and_are_tried_again(teacher, pool, tmp_path):
     path, away = tmp_path / "scores.f32", pool.files[7].rename(tmp_path / "away")
     pool.files[4].write_bytes(b"not a picture")
     for _ in ("computed", "read"):
@@ -114,20 +80,18 @@ def test_files_that_cannot_be_read_score_nan_are_named_and_are_tried_again(
     assert "04.png" in first and torch.equal(scores[5:], scores_of(teacher, pool)[0][5:])
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_scores_that_are_not_finite_are_named_not_computed_again_and_at_most_half_of_the_pool(
-        pool, tmp_path, bad):
-    batches, count = [], 15
+def test_infinite_scores_are_named_kept_and_at_most_half_of_the_pool(pool, tmp_path):
+    bad, batches, many = torch.tensor([torch.nan, torch.inf, -torch.inf]), [], 15
 
     def score(images, index):
         batches.append(index)
-        return torch.where(index < count, bad, index.float())
+        return torch.where(index < many, bad[index % 3], index.float())
 
     for _ in ("computed", "read"):
         scores, reasons = scoring.cached_scores(score, pool, CPU, path=tmp_path / "scores.f32")
         assert scores.isinf().tolist() == 15 * [True] + 15 * [False] and len(batches) == 2
         assert reasons == [f"{file}: its score is not finite" for file in pool.files[:15]]
-    count = 16
+    many = 16
     with pytest.raises(ValueError, match=r"16 of 30 pool files are unusable: .*00\.png: its"):
         scoring.cached_scores(score, pool, CPU)
 
@@ -140,20 +104,16 @@ def test_where_scores_cannot_be_stored_a_run_works_all_the_same_but_several_proc
         budget=4, steps=1, batch_size=2, amp="off"), tmp_path / "run")
     assert "warning: the scores are not kept for later runs" in capsys.readouterr().out
     assert torch.equal(result["scores"], scores_of(teacher, pool)[0])
-    assert (tmp_path / "run/chosen.csv").exists()
     with pytest.raises(OSError, match="file/scores"):
         scoring.main(f"--dataset none --pool {world}/pool --teacher {world}/teacher.pt".split())
 
 
-# ---------------------------------------------------------------- several processes
-
 def end_in_the_second_batch(rank, words):
     """Score as the process `rank` of two; the second is killed, then torchrun ends the first."""
-    as_input, batches = scoring.as_input, []
+    calls = count()
 
     def ending(images, device):
-        batches.append(images)
-        if len(batches) == 2:
+        if next(calls) == 1:
             os.kill(os.getpid(), signal.SIGKILL if rank else signal.SIGTERM)
         return as_input(images, device)
 
@@ -163,8 +123,7 @@ def end_in_the_second_batch(rank, words):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_two_processes_make_the_file_of_one_and_a_later_start_only_what_is_missing(
-        world, tmp_path, monkeypatch, capfd):
+def test_two_processes_make_the_file_of_one_even_if_killed(world, tmp_path, monkeypatch, capfd):
     """66 of 70 photos are scored, in five batches: 0, 2 and 4 by the first process."""
     write_photos(tmp_path / "pool", 70)
     words = (f"--dataset none --pool {tmp_path}/pool --teacher {world}/teacher.pt --device cpu "
@@ -173,7 +132,6 @@ def test_two_processes_make_the_file_of_one_and_a_later_start_only_what_is_missi
     (one,) = scoring.STORE.iterdir()
     expected = np.fromfile(one, np.float32)
     assert expected.shape == (66,) and np.isfinite(expected).all()
-
     monkeypatch.setattr(scoring, "STORE", tmp_path / "runs/scores")
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=end_in_the_second_batch, args=(rank, words))
@@ -192,9 +150,9 @@ def test_two_processes_make_the_file_of_one_and_a_later_start_only_what_is_missi
     half[16:32] += 1                              # a mark: who computes these again removes it
     half.tofile(path)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, "-m", "support.scoring", *words], cwd=tmp_path,
-                          env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True,
-                          text=True, check=False)
+    done = subprocess.run([*torchrun, "-m", "support.scoring", *words], cwd=tmp_path, check=False,
+                          env={**os.environ, "PYTHONPATH": str(Path(distill.__file__).parent)},
+                          capture_output=True, text=True)
     assert done.returncode == 0 and f"scores: runs/scores/{one.name}; distill.py" in done.stdout
     assert np.array_equal(np.fromfile(path, np.float32), [*half[:32], *expected[32:]])
 

@@ -24,29 +24,20 @@ def views(tmp_path):
                  (20, 30), seed=0)
 
 
-@pytest.fixture
-def teacher_pass():
-    torch.manual_seed(0)
-    teacher = nn.Conv2d(3, 4, 3, 2, 1)                           # logits (B, 4, 10, 15)
-    return lambda images: teacher(images).detach()
-
-
-def options(**changed):
-    return SimpleNamespace(**{"views": 3, "steps": 100, "batch_size": 4, "workers": 0, **changed})
+def options(views=3, steps=100):
+    return SimpleNamespace(views=views, steps=steps, batch_size=4, workers=0)
 
 
 # The logits of 21 views take 25,200 bytes, the views themselves 37,800.
 @pytest.mark.parametrize(("limit", "files"), [(0, 2), (30_000, 1), (2 ** 32, 0)])
-def test_cached_logits_are_those_of_the_teacher_for_the_very_views_of_a_batch(
-        views, teacher_pass, tmp_path, monkeypatch, limit, files):
-    room = tmp_path / "room"
-    room.mkdir()
+def test_cached_logits_are_those_of_the_same_views(views, tmp_path, monkeypatch, limit, files):
+    teacher_pass = nn.Conv2d(3, 4, 3, 2, 1).requires_grad_(False)           # (B, 4, 10, 15)
     monkeypatch.setattr(teacher_cache, "MEMORY", limit)
     file = Mock(wraps=tempfile.TemporaryFile)
     monkeypatch.setattr(tempfile, "TemporaryFile", file)
-    cache = TeacherCache(teacher_pass, views, options(), CPU, room)
-    assert [call.kwargs for call in file.mock_calls] == files * [{"dir": room}]
-    assert not list(room.iterdir()) and cache.logits.dtype == torch.float16    # nothing stays
+    cache = TeacherCache(teacher_pass, views, options(), CPU, tmp_path)
+    assert [call.kwargs for call in file.mock_calls] == files * [{"dir": tmp_path}]
+    assert cache.logits.dtype == torch.float16
     batches, fresh = Batches(views, 3, cache), Batches(views, 3)
     for t in range(7):                                           # three epochs
         images, index, logits = batches[t]
@@ -64,20 +55,17 @@ def test_logits_beyond_float16_are_cut_and_no_more_views_are_cached_than_will_be
 
 
 def test_a_teacher_whose_logits_are_not_finite_is_named_with_the_file(views):
-    rows = iter(range(21))
-
-    def teacher_pass(images):                                    # row 14 is the last view of file 4
-        return torch.stack([x.fill_(torch.nan if next(rows) == 14 else 0) for x in images])
-
+    logits = torch.zeros(21, 1, 5, 5)
+    logits[14] = torch.nan                                       # the last view of file 4
     with pytest.raises(ValueError, match="the teacher's logits for .*4.png are infinite or NaN; "):
-        TeacherCache(teacher_pass, views, options(), CPU)
+        TeacherCache(Mock(side_effect=logits.split(4)), views, options(), CPU)
 
 
-def test_a_disk_without_room_is_one_sentence_before_training(views, teacher_pass, monkeypatch):
+def test_a_disk_without_room_is_one_sentence(views, monkeypatch):
     monkeypatch.setattr(teacher_cache, "MEMORY", 0)
     monkeypatch.setattr(tempfile, "TemporaryFile", Mock(side_effect=OSError(28, "No space left")))
     with pytest.raises(OSError, match="no room for 0 GB .*No space left.*--views 0"):
-        TeacherCache(teacher_pass, views, options(), CPU)
+        TeacherCache(nn.Identity(), views, options(), CPU)
 
 
 @pytest.mark.parametrize(("teacher", "student", "expected"), [
@@ -88,13 +76,10 @@ def test_logits_are_compared_at_the_students_size_unless_it_is_coarse(teacher, s
     assert comparison_size(*networks, (64, 96)) == expected
 
 
-def test_resized_logits_are_antialiased_where_they_shrink_and_pass_their_gradient_where_they_grow():
+def test_logits_that_grow_are_bilinear_float32_and_pass_their_gradient():
+    """Those that shrink are in test_method.py."""
     logits = torch.rand(2, 3, 16, 24, dtype=torch.bfloat16).requires_grad_()
     assert resize(logits, (16, 24)) is logits
-    small = resize(logits, (4, 6))
-    assert small.dtype == torch.float32
-    torch.testing.assert_close(small, F.interpolate(logits.float(), (4, 6), mode="bilinear",
-                                                    antialias=True))
     large = resize(logits, (32, 48))
     torch.testing.assert_close(large, F.interpolate(logits.float(), (32, 48), mode="bilinear"))
     large.sum().backward()

@@ -3,7 +3,6 @@
 import math
 import os
 import signal
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -11,23 +10,16 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from distill import Config
 from support import checkpoint, training
 from support.checkpoint import fingerprint
 from support.data import Batches, Views
-from support.options import Running, one_sentence, option
+from support.options import one_sentence
 from support.training import Training, warmup_poly
-
-
-@dataclass(frozen=True)
-class Config(Running):
-    steps: int = option(12, "number of updates")
 
 
 class Noise(Dataset):
     """Batch t is (images, index, None), a function of t alone, as in data.Batches."""
-
-    def __len__(self):
-        return 1000
 
     def __getitem__(self, t):
         generator = torch.Generator().manual_seed(t)
@@ -45,12 +37,12 @@ def usual_loss(model, step, images):
     return (model(images) - 1 - step / 12).square().mean()
 
 
-def train(model, loss=usual_loss, data=None, out=None, about=(), lr=0.1, **options):
+def train(model, loss=usual_loss, data=None, out=None, **options):
     """Train with a loss (model, step, images) -> scalar; return the run."""
-    cfg = Config(**{"amp": "off"} | options)
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
+    cfg = Config(**{"steps": 12, "amp": "off"} | options)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     scheduler = warmup_poly(optimizer, cfg.steps)
-    run = Training(model, optimizer, scheduler, cfg, out, about)
+    run = Training(model, optimizer, scheduler, cfg, out)
     for step, images, _, _ in run.batches(data or Noise()):
         with run.autocast():
             value = loss(model, step, images)
@@ -78,7 +70,6 @@ def often(monkeypatch):
 def test_the_learning_rate_warms_up_and_then_falls_by_the_poly_rule():
     optimizer = torch.optim.SGD(network().parameters(), 0.1)
     rate = warmup_poly(optimizer, 1000).lr_lambdas[0]
-    assert optimizer.param_groups[0]["lr"] == 0.1 / 50
     by_hand = {0: 1 / 50, 24: 0.5 * 0.976 ** 0.9, 49: 0.951 ** 0.9, 500: 0.535887, 999: 0.001995262}
     assert {t: rate(t) for t in by_hand} == pytest.approx(by_hand, rel=1e-6)
 
@@ -92,28 +83,18 @@ def test_batch_t_comes_at_step_t_and_the_curve_is_the_mean_loss_between_two_chec
 
 
 def test_dropout_depends_on_seed_and_step_alone():
-    def masks(seed, noise):
-        seen = []
+    def loss(model, step, images):
+        masks.append(str(model[3](torch.ones(64)).tolist()))
+        return model(images).mean()
 
-        def loss(model, step, images):
-            seen.append(str(model[3](torch.ones(64)).tolist()))
-            return model(images).mean()
+    masks = []
+    for noise, seed in enumerate((7, 8, 0, 20251125123456, 7)):        # a time stamp, too
+        train(network(noise), loss, steps=3, seed=seed)
+    assert len(set(masks)) == 12 and masks[-3:] == masks[:3]           # three steps of four seeds
 
-        model = network()
-        torch.manual_seed(noise)
-        train(model, loss, steps=3, seed=seed)
-        return seen
-
-    a_time_stamp = 20251125123456
-    drawn = [mask for seed in (7, 8, 0, a_time_stamp) for mask in masks(seed, noise=1)]
-    assert len(set(drawn)) == 12 and masks(7, noise=2) == drawn[:3]    # three steps of four seeds
-
-
-# ---------------------------------------------------------------- resuming
 
 @pytest.mark.parametrize(("stop_at", "workers"), [(2, 0), (6, 1), (11, 0)])
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
-        often, tmp_path, monkeypatch, stop_at, workers):
+def test_a_resumed_run_is_the_same_to_the_bit(often, tmp_path, monkeypatch, stop_at, workers):
     """Stopped before, at and after a state, which may fall between two checks of the loss."""
     monkeypatch.setattr(training, "SAVE_EVERY", 3)
 
@@ -142,30 +123,21 @@ def test_a_state_is_saved_at_least_every_so_many_seconds_and_at_the_end(tmp_path
     assert [state["step"] for state in saved] == [0, 4, 8, 12, 13]
 
 
-def test_a_file_that_vanishes_stops_with_its_name_and_training_resumes_when_it_is_back(
-        often, tmp_path, pool_folder):
-    files = sorted(pool_folder.iterdir())
-    data = Batches(Views(files, (8, 8), 0), 4)
-    whole = train(network(), data=data)
-    gone = files[data[5][1][2]]
-    gone.rename(tmp_path / "elsewhere")
-    for workers in (0, 1):
-        with pytest.raises(OSError, match=rf"^{gone}: FileNotFoundError.*; restore this") as error:
-            train(network(), data=Batches(Views(files, (8, 8), 0), 4), out=tmp_path / "run",
-                  workers=workers)
-        assert "\n" not in str(error.value)
-        assert checkpoint.load(tmp_path / "run/state.pt")["step"] == 4
-    (tmp_path / "elsewhere").rename(gone)
-    assert same(train(network(), data=data, out=tmp_path / "run"), whole)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_vanishes_stops_a_run_with_its_name(often, tmp_path, pool_folder, workers):
+    data = Batches(Views(sorted(pool_folder.iterdir()), (8, 8), 0), 4)
+    gone = data.views.files[data.keys(5)[2][0]]
+    gone.unlink()
+    with pytest.raises(OSError, match=rf"^{gone}: FileNotFoundError.*; restore this") as error:
+        train(network(), data=data, out=tmp_path, workers=workers)
+    assert "\n" not in str(error.value) and checkpoint.load(tmp_path / "state.pt")["step"] == 4
 
 
 class Deadly(Noise):
-    """A data set whose fourth batch kills the process that loads it, as lack of memory does."""
+    """A data set that kills the process that loads it, as lack of memory does."""
 
     def __getitem__(self, t):
-        if t == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().__getitem__(t)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -176,46 +148,32 @@ def test_a_loading_process_that_dies_is_one_sentence_and_hangs_nothing(capsys):
     assert last.startswith("error: a process that loads images died") and "--workers" in last
 
 
-# ---------------------------------------------------------------- losses that blow up
-
-@pytest.mark.parametrize(("bad", "step"), [(math.nan, 5), (math.inf, 6), (math.nan, 12)])
-def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_saves_nothing(
-        often, tmp_path, bad, step):
+@pytest.mark.parametrize(("what", "step", "spoil"), [
+    ("the loss", 5, lambda x: x * math.nan), ("the loss", 6, lambda x: x * math.inf),
+    ("the loss", 12, lambda x: x * math.nan),
+    ("a weight", 8, lambda x: (0 * x).sqrt())])                  # 0, but its slope is infinite
+def test_what_is_not_finite_is_named_and_not_saved(often, tmp_path, what, step, spoil):
     def loss(model, t, images):
-        return model(images).square().mean() * (bad if t + 1 == step else 1)
-
-    with pytest.raises(ValueError, match=f"the loss became infinite or NaN at step {step}; lower "
-                                         "--lr, or use --amp off. Nothing bad was saved"):
-        train(network(), loss, out=tmp_path)
-    state = checkpoint.load(tmp_path / "state.pt")
-    assert state["step"] == (step - 1) // 4 * 4 and state["curve"][-1][0] == state["step"]
-
-
-def test_weights_that_are_not_finite_behind_a_finite_loss_are_not_saved(often, tmp_path):
-    def loss(model, step, images):
-        value = model(images).square().mean()                    # the slope of sqrt(0) is infinite
-        return (0 * value).sqrt() if step + 1 == 8 else value
+        value = model(images).square().mean()
+        return spoil(value) if t + 1 == step else value
 
     for out in (None, tmp_path):                  # nor does a caller get them without a folder
-        with pytest.raises(ValueError, match="a weight became infinite or NaN at step 8; lower"):
+        with pytest.raises(ValueError, match=f"{what} became infinite or NaN at step {step}; lower "
+                                             "--lr, or use --amp off. Nothing bad was saved"):
             train(network(), loss, out=out)
     state = checkpoint.load(tmp_path / "state.pt")
-    assert state["step"] == 4 and all(x.isfinite().all() for x in state["model"].values())
+    assert state["step"] == (step - 1) // 4 * 4 and state["curve"][-1][0] == state["step"]
+    assert all(x.isfinite().all() for x in state["model"].values())
 
-
-# ---------------------------------------------------------------- mixed precision
 
 @pytest.mark.parametrize(("amp", "dtype"), [("off", torch.float32), ("bfloat16", torch.bfloat16),
                                             ("float16", torch.float16)])
 def test_mixed_precision_concerns_the_forward_pass_and_weights_stay_float32(amp, dtype, tmp_path):
-    seen = []
-
     def loss(model, step, images):
         output = model(images)
-        seen.append(output.dtype)
+        assert output.dtype == dtype
         return output.float().square().mean()
 
     run = train(network(), loss, steps=2, amp=amp, out=tmp_path)
-    assert seen == [dtype] * 2
     assert {p.dtype for p in run.model.parameters()} == {torch.float32}
     assert bool(checkpoint.load(tmp_path / "state.pt")["scaler"]) == (amp == "float16")
