@@ -90,7 +90,7 @@ def test_a_file_that_is_not_there_is_said_with_what_was_expected(spec):
 @pytest.mark.parametrize(("name", "auxiliary"), [
     ("deeplabv3_mobilenet_v3_large", True), ("lraspp_mobilenet_v3_large", False)])
 def test_a_checkpoint_of_torchvisions_training_script_is_loaded(tmp_path, capsys, name, auxiliary):
-    theirs = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=5,
+    theirs = torchvision.models.get_model(name, weights_backbone=None, num_classes=5,
                                           **{"aux_loss": True} if auxiliary else {}).eval()
     state = dict(reversed(theirs.state_dict().items()))        # the auxiliary head comes first
     torch.save({"model": state, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]},
