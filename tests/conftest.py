@@ -80,8 +80,6 @@ def world(tmp_path_factory):
     return root
 
 
-# ---------------------------------------------------------------- miniatures of the real data sets
-
 @pytest.fixture
 def voc_tree(tmp_path):
     """Return a root with VOC 2012 in small: its folders, lists, encodings, and images of any size.
@@ -106,10 +104,9 @@ def voc_tree(tmp_path):
         mask.putpalette(palette.flatten().tolist())
         if name.startswith("2007"):
             write(voc / "SegmentationClass" / f"{name}.png", mask)
-    listings = voc / "ImageSets" / "Segmentation"
-    listings.mkdir(parents=True)
+    (voc / "ImageSets/Segmentation").mkdir(parents=True)
     for part, names in lists.items():
-        (listings / f"{part}.txt").write_text("\n".join(names) + "\n")
+        (voc / f"ImageSets/Segmentation/{part}.txt").write_text("\n".join(names) + "\n")
     return tmp_path / "VOC"
 
 

@@ -31,8 +31,6 @@ def plain(monkeypatch):
     monkeypatch.setattr(data, "JITTER", 0)
 
 
-# ---------------------------------------------------------------- the pool
-
 def test_the_pool_gives_centre_views_and_says_what_cannot_be_read(files, tmp_path):
     (tmp_path / "bad.png").write_text("not an image")
     pool = Pool([tmp_path / "bad.png", files[3]], SIZE)
@@ -53,8 +51,6 @@ def test_a_pool_is_a_folder_or_a_list_in_the_teachers_colours_if_asked(files, tm
     picture = colour_matcher(teacher, SIZE)(coordinates(240, 160, blue=2))
     assert torch.equal(matched, to_tensor(resized_crop(picture, SIZE)))
 
-
-# ---------------------------------------------------------------- views
 
 def test_a_view_depends_on_seed_index_and_number_alone(files):
     views, again = Views(files, SIZE, 3), Views(files, SIZE, 3)
@@ -132,8 +128,6 @@ def test_pictures_are_kept_up_to_a_limit_and_change_nothing(files, monkeypatch):
     assert list(views.sources) == [0, 1] and views.sources[0][0].size == (240, 160)
     assert all(torch.equal(views[index, 0], kept[index]) for index in range(7))
 
-
-# ---------------------------------------------------------------- batches
 
 def test_every_file_is_used_once_before_any_is_used_again_each_time_with_its_next_view(files):
     batches = Batches(Views(files, SIZE, 0), 3)

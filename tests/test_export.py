@@ -27,6 +27,15 @@ def scenery(*shape):
     return F.interpolate(torch.rand(shape[0], 3, 4, 4), shape[1:], mode="bilinear")
 
 
+def masks(path, images):
+    return torch.export.load(path).module()(images).argmax(dim=1)
+
+
+@torch.no_grad()
+def masks_of(model, images):
+    return F.interpolate(model(images), images.shape[-2:], mode="bilinear").argmax(dim=1)
+
+
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="exports ceil_mode for some sizes only")
 def test_the_file_runs_without_this_repository_at_any_batch_and_size(tmp_path, capsys):
     torch.manual_seed(0)
@@ -44,12 +53,8 @@ def test_the_file_runs_without_this_repository_at_any_batch_and_size(tmp_path, c
     done = subprocess.run([sys.executable, "-I", "-c", ELSEWHERE], cwd=away, capture_output=True,
                           text=True, check=False)
     assert done.returncode == 0, done.stderr
-    with torch.no_grad():
-        expected = [F.interpolate(model(x), x.shape[-2:], mode="bilinear").argmax(dim=1)
-                    for x in images]
-    found = torch.load(away / "masks.pt")
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert all(len(mask.unique()) > 1 for mask in expected)
+    for x, mask in zip(images, torch.load(away / "masks.pt"), strict=True):
+        assert torch.equal(mask, masks_of(model, x)) and len(mask.unique()) > 1
     assert b"models.py" not in (away / "student.pt2").read_bytes()     # no trace of where it ran
 
 
@@ -68,16 +73,11 @@ class Draws(nn.Module):
         return torch.rand(x.shape[0], 4, *x.shape[2:]) + 0 * x[:, :1]
 
 
-def masks(path, images):
-    return torch.export.load(path).module()(images).argmax(dim=1)
-
-
 def test_a_network_that_only_exports_at_a_fixed_size_is_exported_so_and_this_is_said(tmp_path):
     model = wrap(PadsInPython(3, 4, 3), 4).eval()
-    sizes = export.export(model, tmp_path / "s.pt2", (40, 56))
-    assert sizes == "the size 40x56 only"
+    assert export.export(model, tmp_path / "s.pt2", (40, 56)) == "the size 40x56 only"
     images = scenery(3, 40, 56)
-    assert torch.equal(masks(tmp_path / "s.pt2", images), model(images).argmax(dim=1))
+    assert torch.equal(masks(tmp_path / "s.pt2", images), masks_of(model, images))
     with pytest.raises(AssertionError, match="Guard failed"):
         masks(tmp_path / "s.pt2", scenery(1, 41, 56))
 
@@ -95,9 +95,7 @@ def test_a_padded_network_is_exported_for_any_size_from_any_size(tmp_path, size)
     model = wrap(nn.Conv2d(3, 1, 8, stride=8), 1, multiple=8).eval()
     assert export.export(model, tmp_path / "s.pt2", size) == "any size"
     for images in (scenery(1, 48, 64), scenery(2, 47, 65)):
-        with torch.no_grad():
-            expected = F.interpolate(model(images), images.shape[-2:], mode="bilinear")
-        assert torch.equal(masks(tmp_path / "s.pt2", images), expected.argmax(dim=1))
+        assert torch.equal(masks(tmp_path / "s.pt2", images), masks_of(model, images))
 
 
 def test_a_network_of_a_file_is_exported_with_and_without_a_checkpoint(tmp_path):
@@ -105,18 +103,17 @@ def test_a_network_of_a_file_is_exported_with_and_without_a_checkpoint(tmp_path)
 from torch import nn
 
 def conv():
-    network = nn.Conv2d(3, 2, 1)
-    nn.init.constant_(network.weight, 0)
-    network.image_size = (32, 40)
+    network = nn.Conv2d(3, 2, 1).requires_grad_(False)
+    network.weight[:], network.image_size = 0, (32, 40)
     return network
 """)
-    network, spec = nn.Conv2d(3, 2, 1), f"{tmp_path}/nets.py:conv"
+    network, images = nn.Conv2d(3, 2, 1), torch.rand(2, 3, 32, 40)
     torch.save({"state_dict": network.state_dict()}, tmp_path / "w.pth")
-    for name, words in (("a.pt2", []), ("b.pt2", ["--checkpoint", f"{tmp_path}/w.pth"])):
-        export.main(["--model", spec, *words, "--out", str(tmp_path / name)])
-    images = torch.rand(2, 3, 32, 40)
-    assert len(masks(tmp_path / "a.pt2", images).unique()) == 1
-    assert torch.equal(masks(tmp_path / "b.pt2", images), network(images).argmax(dim=1))
+    line = f"--model {tmp_path}/nets.py:conv --out {tmp_path}/s.pt2"
+    export.main(line.split())
+    assert len(masks(tmp_path / "s.pt2", images).unique()) == 1
+    export.main(f"{line} --checkpoint {tmp_path}/w.pth".split())
+    assert torch.equal(masks(tmp_path / "s.pt2", images), masks_of(network, images))
 
 
 def test_what_is_missing_is_said(tmp_path):

@@ -17,8 +17,6 @@ from support.images import (as_input, colour_matcher, drop_copies, find_images, 
 from support.records import write_csv
 
 
-# ---------------------------------------------------------------- files
-
 def test_images_are_found_sorted_through_links_each_folder_once_and_dead_links_left_to_the_reader(
         tmp_path):
     pool, other = tmp_path / "pool", tmp_path / "other"
@@ -74,8 +72,6 @@ def test_every_twentieth_file_at_most_200_is_held_out_and_never_learnt_from(coun
     assert len(out) == held and out[0] == 0 and sorted(learnt + out) == list(range(count))
 
 
-# ---------------------------------------------------------------- decoding
-
 def test_every_kind_of_picture_becomes_rgb_without_a_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4999)         # beyond it, Pillow warns
     frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue")]
@@ -103,8 +99,8 @@ def test_the_camera_s_orientation_is_applied_unless_a_label_belongs_to_the_pixel
     exif[0x0112] = 6
     path = write(tmp_path / "a.jpg", stored, exif=exif)
     image = load_image(path)
-    top, bottom = image.getpixel((16, 8)), image.getpixel((16, 56))
-    assert image.size == (32, 64) and top[0] > 200 > top[2] and bottom[2] > 200 > bottom[0]
+    (red, _, _), (_, _, blue) = image.getpixel((16, 8)), image.getpixel((16, 56))
+    assert image.size == (32, 64) and min(red, blue) > 200
     assert load_image(path, upright=False).size == (64, 32)
     for name in ("a.png", "a.webp"):
         assert load_image(write(tmp_path / name, stored, exif=b"damaged")).size == (64, 32)
@@ -132,14 +128,13 @@ def test_a_file_that_cannot_be_read_is_a_value_error_that_names_it_and_says_why(
             load_image(tmp_path / name)
 
 
-# ---------------------------------------------------------------- geometry
-
 @pytest.mark.parametrize(("picture", "how", "box"), [
     ((200, 100), {}, (25, 0, 175, 100)), ((200, 100), {"u": 1, "v": 0.3}, (50, 0, 200, 100)),
     ((200, 100), {"scale": 2, "u": 0, "v": 1}, (0, 50, 75, 100)),
-    ((100, 200), {}, (0, 200 / 3, 100, 400 / 3)), ((20, 10), {"u": 1}, (5, 0, 20, 10))])
+    ((100, 200), {}, (0, 200 / 3, 100, 400 / 3)), ((20, 10), {"u": 1}, (5, 0, 20, 10)),
+    ((29, 60), {}, (0, 61 / 3, 29, 119 / 3)), ((60, 31), {}, (6.75, 0, 53.25, 31))])
 def test_a_crop_is_the_one_computed_by_hand(picture, how, box):
-    H, W = 20, 30
+    H, W = 30, 45                  # 45 (29 / 45) > 29 and 30 (31 / 30) > 31: a crop has to fit
     seen = np.asarray(resized_crop(coordinates(*picture), (H, W), **how)).astype(float)
     left, top, right, bottom = box
     # The filter keeps a ramp where it does not reach over the edge of the picture.
@@ -150,26 +145,12 @@ def test_a_crop_is_the_one_computed_by_hand(picture, how, box):
     assert np.abs(seen[1:-1, 1:-1, 1] - y[1:-1, None]).max() <= 0.51
 
 
-def test_a_crop_fits_into_the_picture_however_the_division_rounds():
-    for width in range(1, 1001):                                 # 480 (500 / 480) > 500
-        assert resized_crop(Image.new("L", (width, 1000)), (3, 480)).size == (480, 3)
-        assert resized_crop(Image.new("L", (1000, width)), (480, 3)).size == (3, 480)
-
-
-@pytest.mark.parametrize(("picture", "expected"), [((200, 100), (40, 20)), ((100, 200), (30, 60)),
-                                                   ((15, 10), (30, 20))])
-def test_a_whole_picture_covers_the_size_and_keeps_its_shape(picture, expected):
-    assert resize_to_cover(Image.new("RGB", picture), (20, 30)).size == expected
-
-
 def test_bytes_become_float_in_0_to_1_and_floats_stay_as_they_are():
     image = to_tensor(coordinates(6, 4, blue=255))
     assert image.shape == (3, 4, 6) and image[:, 2, 5].tolist() == [5, 2, 255]
     x = as_input(image, "cpu")
     assert torch.equal(x, image / 255) and x.max() == 1 and as_input(x, "cpu") is x
 
-
-# ---------------------------------------------------------------- --match-colours
 
 @pytest.fixture
 def photo():

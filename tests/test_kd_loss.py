@@ -71,9 +71,8 @@ def test_the_upper_limit_of_channelwise_for_a_constant_student_is_that_of_the_do
     assert channelwise_kd(torch.zeros_like(t), t).item() == pytest.approx(16 * math.log(64))
 
 
-def test_the_demo_prints_the_worked_example_and_what_channelwise_does_not_see(capsys):
+def test_the_demo_prints_what_channelwise_does_not_see(capsys):
     kd_loss.demo()
-    text = capsys.readouterr().out
-    assert "pixelwise 0.1212, channelwise 0.2747" in text
-    assert any(line.split()[-2:] == ["0.3106", "0.0000"] for line in text.splitlines()
+    assert any(line.split()[-2:] == ["0.3106", "0.0000"]
+               for line in capsys.readouterr().out.splitlines()
                if line.startswith("class 1 too strong"))

@@ -1,6 +1,7 @@
 """networks.py: a network of a Python file, and state dicts as torchvision and others save them."""
 
 import argparse
+from contextlib import suppress
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torchvision
 from torch import nn
 
 from models import build_model, wrap
-from support.checkpoint import load_model, save, save_model
+from support.checkpoint import fingerprint, load_model, save, save_model
 from support.networks import load_file, load_network
 
 NETS = """
@@ -21,7 +22,7 @@ def crack():
     return network
 
 def street():
-    return neighbour.Network(multiple=8)
+    return neighbour.Network(3, 3, 8, stride=8)
 
 def unnamed():
     return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
@@ -38,35 +39,26 @@ NEIGHBOUR = """
 from torch import nn
 
 class Network(nn.Conv2d):
-    def __init__(self, multiple):
-        super().__init__(3, 3, 8, stride=8)
-        self.multiple, self.image_size = multiple, (33, 44)
+    multiple, image_size = 8, (33, 44)
 """
+WEIGHTS = build_model("resnet_tiny", 3).net.state_dict()
 
 
 @pytest.fixture
 def nets(tmp_path):
     """Return the path of a user's file with networks, which imports another file next to it."""
-    (tmp_path / "code").mkdir()
-    (tmp_path / "code" / "neighbour.py").write_text(NEIGHBOUR)
-    (tmp_path / "code" / "nets.py").write_text(NETS)
-    return tmp_path / "code" / "nets.py"
-
-
-@pytest.fixture
-def weights():
-    return build_model("resnet_tiny", 3).net.state_dict()
+    (tmp_path / "neighbour.py").write_text(NEIGHBOUR)
+    (tmp_path / "nets.py").write_text(NETS)
+    return tmp_path / "nets.py"
 
 
 def test_a_function_of_a_file_gives_a_network_with_what_it_says_of_itself(nets):
-    crack = load_file(f"{nets}:crack")
+    crack, street = (load_file(f"{nets}:{function}") for function in ("crack", "street"))
+    x = torch.rand(1, 3, 5, 6)
     assert (crack.name, crack.num_classes, crack.image_size) == (f"{nets}:crack", 2, (40, 56))
     assert crack.class_names == ["background", "crack"] and not crack.training
-    x = torch.rand(1, 3, 5, 6)
     torch.testing.assert_close(crack(x)[:, 1:], crack.net(x))          # it takes RGB in [0, 1]
-    street = load_file(f"{nets}:street")
-    assert (street.multiple, street.num_classes) == (8, 3)
-    assert street(torch.rand(1, 3, 9, 17)).shape == (1, 3, 9, 17)
+    assert (street.multiple, street.num_classes, street(x).shape) == (8, 3, (1, 3, 5, 6))
     assert load_file(f"{nets}:unnamed").class_names == [f"class {k}" for k in range(4)]
 
 
@@ -95,16 +87,13 @@ def test_a_file_that_is_not_there_is_said_with_what_was_expected(spec):
         load_file(spec)
 
 
-# ---------------------------------------------------------------- state dicts of others
-
 @pytest.mark.parametrize(("name", "auxiliary"), [
     ("deeplabv3_mobilenet_v3_large", True), ("lraspp_mobilenet_v3_large", False)])
 def test_a_checkpoint_of_torchvisions_training_script_is_loaded(tmp_path, capsys, name, auxiliary):
-    theirs = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=5,
+    theirs = torchvision.models.get_model(name, weights_backbone=None, num_classes=5,
                                           **{"aux_loss": True} if auxiliary else {}).eval()
-    optimiser = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9)
     state = dict(reversed(theirs.state_dict().items()))        # the auxiliary head comes first
-    torch.save({"model": state, "optimizer": optimiser.state_dict(), "epoch": 29,
+    torch.save({"model": state, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]},
                 "args": argparse.Namespace(model=name, lr=0.1, amp=False)}, tmp_path / "model.pth")
     model, x = load_model(tmp_path / "model.pth", name), torch.rand(1, 3, 64, 64)
     assert ("left out" in capsys.readouterr().out) == auxiliary
@@ -118,43 +107,40 @@ def test_a_checkpoint_of_torchvisions_training_script_is_loaded(tmp_path, capsys
     ("module._orig_mod.", "state_dict", 3), ("model.net.", "state_dict", 3)])
 def test_a_state_dict_is_found_wherever_programs_put_it_and_whatever_they_prefix(
         tmp_path, capsys, prefix, place, classes):
-    theirs = build_model("resnet_tiny", classes).net.state_dict()
+    theirs = build_model("resnet_tiny", classes).net
     state = {"n_averaged": torch.tensor(3)} if place == "ema" else {}             # AveragedModel's
-    state.update({prefix + key: value for key, value in theirs.items()})
+    state |= {prefix + key: value for key, value in theirs.state_dict().items()}
     torch.save({place: state, "epoch": 3} if place else state, tmp_path / "w.pth")
     model = load_model(tmp_path / "w.pth", "resnet_tiny")
     assert model.num_classes == max(classes, 2)             # one output makes two classes
-    assert all(torch.equal(model.net.state_dict()[key], value) for key, value in theirs.items())
+    assert fingerprint(model.net) == fingerprint(theirs)
     said = "left out 1 values that the network does not have: n_averaged"         # and no others
     assert (said in capsys.readouterr().out) == (place == "ema")
 
 
 def test_weights_fill_the_empty_network_of_a_file(tmp_path, nets):
-    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    old = {key: value for key, value in network.state_dict().items()
-           if not key.endswith("num_batches_tracked")}             # as before torch 0.4.1
+    old = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).state_dict()
+    del old["1.num_batches_tracked"]                               # as before torch 0.4.1
     torch.save({"state_dict": old}, tmp_path / "w.pth")
     model = load_model(tmp_path / "w.pth", f"{nets}:unnamed")
-    assert torch.equal(model.net[0].weight, network[0].weight) and model.num_classes == 4
+    assert torch.equal(model.net[0].weight, old["0.weight"]) and model.num_classes == 4
 
 
-def test_a_safetensors_file_is_loaded_or_its_package_is_asked_for(tmp_path, weights):
+def test_a_safetensors_file_is_loaded_or_its_package_is_asked_for(tmp_path):
     path, kind = tmp_path / "w.safetensors", "a file for the package safetensors"
-    try:
+    with suppress(ImportError):
         from safetensors.torch import save_file
-        save_file(weights, path)
+        save_file(WEIGHTS, path)
         model = load_model(path, "resnet_tiny")
-        assert torch.equal(model.net.head.weight, weights["head.weight"])
+        assert torch.equal(model.net.head.weight, WEIGHTS["head.weight"])
         kind = "damaged"
-    except ImportError:
-        pass
     path.write_bytes(b"tensors")
     with pytest.raises(ValueError, match=f"w.safetensors is {kind}"):
         load_model(path, "resnet_tiny")
 
 
-def test_a_classes_file_next_to_a_state_dict_names_its_classes(tmp_path, weights):
-    torch.save(weights, tmp_path / "w.pth")
+def test_a_classes_file_next_to_a_state_dict_names_its_classes(tmp_path):
+    torch.save(WEIGHTS, tmp_path / "w.pth")
     assert load_model(tmp_path / "w.pth", "resnet_tiny").class_names[2] == "class 2"
     (tmp_path / "classes.txt").write_text("road\nsky\nvoid\n")
     assert load_model(tmp_path / "w.pth", "resnet_tiny").class_names == ["road", "sky", "void"]
@@ -166,22 +152,21 @@ def test_a_classes_file_next_to_a_state_dict_names_its_classes(tmp_path, weights
 @pytest.mark.parametrize(("key", "value", "message"), [
     ("head.weight", torch.zeros(3, 9, 1, 1), "size mismatch for head.weight.*9, 1, 1.*24, 1, 1"),
     ("extra.weight", torch.ones(1), 'Unexpected key.*"extra.weight"')])
-def test_a_key_that_does_not_fit_is_named_with_what_was_expected(
-        tmp_path, weights, key, value, message):
-    torch.save({**weights, key: value}, tmp_path / "w.pth")
+def test_a_key_that_does_not_fit_is_named_with_what_was_expected(tmp_path, key, value, message):
+    torch.save({**WEIGHTS, key: value}, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=f"w.pth does not fit the network: {message}") as found:
         load_model(tmp_path / "w.pth", "resnet_tiny")
     assert "\n" not in str(found.value)
 
 
-@pytest.mark.parametrize("state", [[1, 2], {"state_dict": {}}, {"epoch": 3, "net": {"a": 1}}])
-def test_a_file_without_weights_says_what_it_holds(tmp_path, state):
+@pytest.mark.parametrize("state", [[1, 2], {"state_dict": {}}, {"format": "dfss-0", "net": {}}])
+def test_a_file_without_weights_or_without_the_name_of_its_network_is_refused(tmp_path, state):
     save(state, tmp_path / "m.pt")
-    with pytest.raises(ValueError, match=r"m\.pt holds no state dict, neither bare nor as model"):
-        load_model(tmp_path / "m.pt", "resnet_tiny")
+    for name, message in ((None, "no model of this repository; name its network"),
+                          ("resnet_tiny", "no state dict, neither bare nor as model")):
+        with pytest.raises(ValueError, match=rf"m\.pt holds {message}"):
+            load_model(tmp_path / "m.pt", name)
 
-
-# ---------------------------------------------------------------- our checkpoints of their networks
 
 def test_a_network_of_a_file_comes_back_if_the_caller_names_the_file_and_not_else(tmp_path, nets):
     model = load_network(f"{nets}:street", ["a", "b", "c"], (64, 96))
