@@ -162,7 +162,7 @@ def select_layers(layers, spec=None):
 def image_distances(model, images, layers=None, metric="l2"):
     """Return d(x) of each image, the sum over layers: (B, 3, H, W) -> (B,), without gradient.
 
-    images: normalised as in training (not checked, but 0..255 gives a warning); ValueError unless
+    images: as `model` expects them (not checked, but 0..255 gives a warning); ValueError unless
     floats (B, 3, H, W). layers: as in `capture_bn_inputs`. The model stays as it is.
     """
     if not torch.is_tensor(images) or images.dim() != 4 or not images.is_floating_point():

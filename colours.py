@@ -13,7 +13,7 @@ Idea
 Equation
     response to a constant colour x, before the first BatchNorm layer:  A x + b
     mean        m* = argmin over m of || (A m + b - mu_bn) / s ||_2
-    covariance  S* = v R,   v = median over channels c of var_bn_c / (a_c' R a_c)
+    covariance  S* = v R,   v = median over its channels c of var_bn_c / (a_c' R a_c)
     new colour  y  = T (x - m) + m*,   T = S^-1/2 (S^1/2 S* S^1/2)^1/2 S^-1/2
                 (0.001 is added to the diagonals of S and S*)
 

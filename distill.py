@@ -50,6 +50,7 @@ def selection_score(teacher, layers, cfg, count):
         return lambda images, index: drawn[index.cpu()]
     if cfg.sampling == "confidence":         # 1 - mean over pixels of the largest probability
         return lambda images, index: 1 - teacher(images).float().softmax(1).amax(1).mean((1, 2))
+    # The teacher normalises: see models.py.
     return lambda images, index: image_distances(teacher, images, layers, cfg.metric)
 
 
@@ -68,8 +69,8 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
 
     teacher, student: modules on one device, from RGB in [0, 1] to logits of the same classes (see
     `models.wrap`); the teacher is frozen for good, the student trained in place. pool: a folder or
-    a list of files. size: (H, W). out: a folder for records. An interrupted run resumes if this is
-    called again with the same arguments and the student's initial weights. Returns the dict
+    a list of files. size: (H, W). out: a folder for records. With it, a second call with the same
+    arguments and the student's initial weights resumes an interrupted run. Returns the dict
     `result`, with "curve" if trained.
     """
     cfg = with_defaults(cfg or Config(), **DEFAULTS)
@@ -84,7 +85,7 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     check_inputs(teacher, student, layers, pool, cfg)                # rehearses a training step
 
     # 2. Score the pool: how far is each photo from the teacher's training data? Like score_pool of
-    #    ads_sampler.py, but the scores are kept on disk.
+    #    ads_sampler.py, but with `out`, the scores are kept below runs/scores for later runs.
     score = selection_score(teacher, layers, cfg, len(pool))
     cache_file = score_file(teacher, layers, pool, cfg) if out else None
     scores, skipped = cached_scores(score, pool, device, cfg.workers, cache_file)         # (N,)
@@ -92,7 +93,7 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     # 3. Sample the nearest (ADS); budget 0: all that could be read.
     selected = sample(scores, cfg.budget or len(pool) - len(skipped))                # (budget,)
 
-    # 4. Weight them (WDPD): the nearest 1, the farthest 0. A random selection has no distances.
+    # 4. Weight them (WDPD): the best score 1, the worst 0. Random scores mean nothing: all get 1.
     if cfg.sampling == "random":
         weights = torch.ones(len(selected))                                          # (budget,)
     else:
@@ -108,16 +109,18 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     # 5. Distil on random views. The teacher's logits for cfg.views of each photo are computed here,
     #    once, and cached; with 0, each step draws new views.
     optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, weight_decay=0.01, fused=True)
-    scheduler = warmup_poly(optimizer, cfg.steps)           # 50 steps up, then (1 - t/steps)^0.9
+    scheduler = warmup_poly(optimizer, cfg.steps)     # 50 steps up, then (1 - step/steps)^0.9
+    # about: what must be the same, besides cfg and student, for a run to be resumed.
     trainer = Training(student, optimizer, scheduler, cfg, out, about=(teacher, size))
-    # Of the student's logits; of the teacher's where these are smaller than a quarter of the image.
+    # The size of the student's logits; of the teacher's if the student's are below H/4 x W/4.
     logit_size = comparison_size(teacher, student, size)                                  # (h, w)
     teacher_pass = partial(compute_teacher_logits, teacher, trainer.autocast, logit_size, cfg)
     views = Views(result["files"], size, cfg.seed, pool.transform)
     cache = TeacherCache(teacher_pass, views, cfg, device, out) if cfg.views else None
     weights = weights.to(device)
     batches = Batches(views, cfg.batch_size, cache)
-    for step, images, index, teacher_logits in trainer.batches(batches):     # in shuffled epochs
+    # In shuffled epochs, step from 0 to cfg.steps - 1, the student in training mode.
+    for step, images, index, teacher_logits in trainer.batches(batches):
         if teacher_logits is None:
             teacher_logits = teacher_pass(images)                                  # (B, K, h, w)
         with trainer.autocast():
@@ -137,6 +140,7 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
 
 
 # ---------------------------------------------------------------- options and command
+# inputs, method, training, running: the groups of options in --help.
 
 @dataclass(frozen=True)
 class Config(command.Inputs):     # with teacher, pool, metric, layers, match_colours, seed ...

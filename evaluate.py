@@ -78,7 +78,7 @@ def evaluate(model, loader, num_classes, reference=None, device=None, ignore_ind
     """
     device, K = device or next(model.parameters()).device, num_classes
     model.eval()                            # a pass in training mode would change its statistics
-    matrix = torch.zeros(K + 1, K + 1, dtype=torch.int64, device=device)     # K: any other output
+    matrix = torch.zeros(K + 1, K + 1, dtype=torch.int64, device=device)     # K: no class
     for images, targets in loader:
         images = images.to(device)
         images = images.float() / 255 if images.dtype == torch.uint8 else images

@@ -35,7 +35,7 @@ from torchvision.ops import Conv2dNormActivation
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMALL = {"resnet_small": (32, 2),        # (width, blocks): the CPU teacher, and its student, which
-         "resnet_tiny": (12, 1)}         # is about thirteen times cheaper
+         "resnet_tiny": (12, 1)}         # has about thirteen times fewer operations
 TORCHVISION = ("deeplabv3_resnet50", "deeplabv3_resnet101", "fcn_resnet50",
                "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large")
 MODELS = (*SMALL, "deeplabv3_mobilenet_v2", *TORCHVISION)
@@ -48,7 +48,7 @@ def conv_bn(c_in, c_out, kernel=3, stride=1, act=nn.ReLU):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut: (B, c_in, H, W) -> (B, c_out, H/stride, W/stride)."""
+    """Two 3x3 convolutions and a shortcut: (B, c_in, H, W) -> (B, c_out, H/stride, W/stride)."""
 
     def __init__(self, c_in, c_out, stride):
         super().__init__()
@@ -119,7 +119,8 @@ class SegmentationModel(nn.Module):
     net: a module from normalised images to logits, {"out": logits} or an object with .logits. One
     output channel z, made for a sigmoid, becomes two logits (0, z): the same probabilities.
     mean, std: (3,) each. image_size: (H, W) it was trained at, if known. multiple: images are
-    padded to multiples of it, by repeating their right and lower edge; the logits are cropped.
+    padded to multiples of it, by repeating their right and lower edge; logits of padded images have
+    the size of the image.
     """
 
     def __init__(self, net, name, num_classes, mean=IMAGENET_MEAN, std=IMAGENET_STD,
@@ -163,7 +164,7 @@ def wrap(network, num_classes=0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), clas
 
     Weights are shared, not copied; torchvision's networks lose the resizing at their end. mean,
     std: what it expects of its input; by default it takes RGB in [0, 1]. num_classes: needed for
-    masks, not for distilling. The rest defaults to the network's attributes of the same names.
+    scores, not for masks or distilling. The rest: by default the network's attributes.
     """
     if isinstance(network, SegmentationModel):
         return network

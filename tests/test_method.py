@@ -73,8 +73,6 @@ def run(pool_folder, options, monkeypatch):
     return result, steps
 
 
-# ---------------------------------------------------------------- the README's equations, by hand
-
 def distances_by_hand(teacher, images, metric, layers):
     """Return d(x), the sum over the layers: (N,)."""
     norms = [m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]

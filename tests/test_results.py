@@ -28,8 +28,6 @@ def cells(text):
     return [line[2:-2].split(" | ") for line in text.split("\n")]
 
 
-# ---------------------------------------------------------------- the arithmetic of tables.py
-
 def test_an_interval_has_the_quantiles_of_students_t_and_one_number_has_none():
     for n, t in T95.items():
         nu, step = n - 1, t / 2000
@@ -90,8 +88,6 @@ def test_each_teacher_counts_once(tmp_path):
     with pytest.raises(ValueError, match="expected 2 to 10 records, one per teacher; got 1"):
         tables.teachers(paths[:1], expressions)
 
-
-# ---------------------------------------------------------------- the pages
 
 def prose(path):
     """Return the text of a page without its generated tables, in one line."""
