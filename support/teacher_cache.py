@@ -3,8 +3,7 @@
 Idea
     Each selected photo has a fixed set of augmented views. The teacher's forward pass is the most
     expensive part of a training step, so its logits are computed once and cached in float16 at the
-    resolution at which they are compared. Views and logits are kept in memory if they fit, else in
-    temporary files.
+    resolution at which they are compared: in memory if they fit, otherwise in a temporary file.
 
 Symbols
     N selected files, V views of each, B images, K classes, H W pixels, h w of the logits.
@@ -52,23 +51,23 @@ def resize(logits, size):
                          antialias=size[0] < logits.shape[-2])
 
 
-def allocate(count, item, folder=None):
-    """Return a tensor of `count` items like `item`: in memory, or if large in a file of `folder`.
+def allocate(shape, folder=None):
+    """Return an empty float16 tensor: in memory if it fits, otherwise in a file of the folder.
 
     The file is temporary: the system removes it when the program ends. OSError if the disk is full.
     """
-    size, shape = count * item.nbytes, (count, *item.shape)
+    size = 2 * math.prod(shape)
     if size <= MEMORY:
-        return torch.empty(shape, dtype=item.dtype)
+        return torch.empty(shape, dtype=torch.float16)
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             for _ in range(math.ceil(size / 2 ** 26)):        # a full disk shows now, not later
                 file.write(bytes(2 ** 26))
             file.flush()
-            return torch.from_numpy(np.memmap(file, item.numpy().dtype, "r+", shape=shape))
+            return torch.from_numpy(np.memmap(file, np.float16, "r+", shape=shape))
     except OSError as error:
-        raise OSError(f"no room for {size / 1e9:.0f} GB of teacher logits or views "
-                      f"({error.strerror}); lower --views or --budget, or use --views 0") from error
+        raise OSError(f"no room for {size / 1e9:.0f} GB of teacher logits ({error.strerror}); "
+                      "lower --views or --budget, or use --views 0") from error
 
 
 class TeacherCache:
@@ -76,11 +75,12 @@ class TeacherCache:
 
     teacher_pass: from images (B, 3, H, W) on the device to logits (B, K, h, w); they are stored in
     float16. views: a `data.Views`, of which cfg.views of each file are cached, no more than will be
-    used. keys: B of (index, view number). folder: for what does not fit into memory. ValueError
-    names a file whose teacher logits are not finite.
+    used. keys: B of (index, view number). folder: for logits that do not fit into memory; views
+    that do not are cut again. ValueError names a file whose teacher logits are not finite.
     """
 
     def __init__(self, teacher_pass, views, cfg, device, folder=None):
+        self.views, self.images = views, None
         self.count = min(cfg.views, math.ceil(cfg.steps * cfg.batch_size / len(views.files)))
         keys = [(index, view) for index in range(len(views.files)) for view in range(self.count)]
         starts = range(0, len(keys), cfg.batch_size)
@@ -95,11 +95,16 @@ class TeacherCache:
                                  "off, or take this file out of the pool")
             logits = logits.clamp(-6e4, 6e4).half().cpu()     # float16 holds no more than 65,504
             if start == 0:
-                self.images = allocate(len(keys), images[0], folder)
-                self.logits = allocate(len(keys), logits[0], folder)
+                self.logits = allocate((len(keys), *logits.shape[1:]), folder)
+                if len(keys) * images[0].nbytes <= MEMORY:
+                    self.images = images.new_empty(len(keys), *images.shape[1:])
             rows = slice(start, start + len(images))
-            self.images[rows], self.logits[rows] = images, logits
+            self.logits[rows] = logits
+            if self.images is not None:
+                self.images[rows] = images
 
     def __getitem__(self, keys):
         rows = torch.tensor([index * self.count + view for index, view in keys])
+        if self.images is None:
+            return torch.stack([self.views[key] for key in keys]), self.logits[rows]
         return self.images[rows], self.logits[rows]
