@@ -13,7 +13,7 @@ Idea
 Equation
     response to a constant colour x, before the first BatchNorm layer:  A x + b
     mean        m* = argmin over m of || (A m + b - mu_bn) / s ||_2
-    covariance  S* = v R,   v = median over its channels c of var_bn_c / (a_c' R a_c)
+    covariance  S* = v R,   v = median over the layer's channels c of var_bn_c / (a_c' R a_c)
     new colour  y  = T (x - m) + m*,   T = S^-1/2 (S^1/2 S* S^1/2)^1/2 S^-1/2
                 (0.001 is added to the diagonals of S and S*)
 
@@ -24,7 +24,7 @@ Paper
 
 Symbols
     x, y colours in [0, 1].  m (3,), S (3, 3): mean and covariance of the colours of one image;
-    m*, S*: those of the training images;  v: variance of one colour channel;  R (3, 3): 1 on the
+    m*, S*: those of the training images;  v: variance of each of R, G and B;  R (3, 3): 1 on the
     diagonal, 0.95 elsewhere.  mu_bn, var_bn (C,): running mean and variance;  s = sqrt(var_bn).
     A (C, 3) with rows a_c, b (C,);  ' transposes.  B images, C channels, H W pixels.
 
@@ -60,7 +60,7 @@ def spd_power(matrices, exponent):
 def transfer(images, mean, cov, floor=1e-3):
     """Return per image the matrix T and the offset m* - T m: (B, 3, H, W) -> (B, 3, 4).
 
-    They give the image colour mean `mean` (3,) and covariance `cov` (3, 3); Pitie & Kokaram.
+    The image then has colour mean `mean` (3,) and covariance `cov` (3, 3); Pitie & Kokaram.
     `floor` is added to both diagonals, so that the gain stays bounded for an image of one colour.
     """
     pixels = images.double().flatten(2)                                             # (B, 3, H*W)

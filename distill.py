@@ -77,7 +77,8 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     out = Path(out) if out else None
     teacher, student, timer = freeze(wrap(teacher)), wrap(student), records.Timer()
     device = next(teacher.parameters()).device
-    # With match_colours, each photo gets the teacher's colours wherever it is read (colours.py).
+    # With match_colours, pool photos are matched to the estimated colours of the teacher's training
+    # images (colours.py), for scoring and for training. Evaluation images are not changed.
     pool = open_pool(pool, teacher, size, cfg.match_colours)
 
     # 1. Read the teacher's BatchNorm statistics.
@@ -106,8 +107,8 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     if cfg.dry_run:
         return result
 
-    # 5. Distil on random views. The teacher's logits for cfg.views of each photo are computed here,
-    #    once, and cached; with 0, each step draws new views.
+    # 5. Distil on random views. Each photo has cfg.views of them, whose teacher logits are computed
+    #    here, once. With 0, each step draws new views and runs the teacher.
     optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, weight_decay=0.01, fused=True)
     scheduler = warmup_poly(optimizer, cfg.steps)     # 50 steps up, then (1 - step/steps)^0.9
     # about: what must be the same, besides cfg and student, for a run to be resumed.
@@ -119,7 +120,7 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     cache = TeacherCache(teacher_pass, views, cfg, device, out) if cfg.views else None
     weights = weights.to(device)
     batches = Batches(views, cfg.batch_size, cache)
-    # In shuffled epochs, step from 0 to cfg.steps - 1, the student in training mode.
+    # In shuffled epochs, step from 0, the student in training mode. index (B,): into `selected`.
     for step, images, index, teacher_logits in trainer.batches(batches):
         if teacher_logits is None:
             teacher_logits = teacher_pass(images)                                  # (B, K, h, w)
@@ -154,7 +155,7 @@ class Config(command.Inputs):     # with teacher, pool, metric, layers, match_co
     pixelwise: float = method(1.0, "factor of the pixel-wise KD loss")
     channelwise: float = method(1.0, "factor of the channel-wise KD loss")
     teacher_temperature: float = method(1.0, "below 1 sharpens the teacher's logits", min=0.01)
-    views: int | None = training(None, "cached views per photo, 0: none (default: 24; scenes: 8)")
+    views: int | None = training(None, "cached views per photo, 0: fresh (default: 24; scenes: 8)")
     steps: int | None = training(None, "updates (default: 7200; scenes: 500)", min=1)
     batch_size: int = training(16, "images per update", min=1)
     lr: float = training(0.01, "highest learning rate")

@@ -15,9 +15,9 @@ Equation
     channelwise  T^2 mean over k of sum over pixels of t log(t / s),  s, t = softmax_hw(logits / T)
 
     Both logits must have the same shape; resize one of them beforehand. The loss of an image does
-    not depend on the rest of its batch. pixelwise does not grow with the crop. channelwise can: it
-    is T^2 (ln(H W) - entropy of t) for a student whose map of a class is constant, which grows if
-    the class fills a smaller part of a larger crop.
+    not depend on the rest of its batch. pixelwise does not grow with the crop. channelwise can: if
+    the student's map of a class is constant, this class adds T^2 (ln(H W) - entropy of t) / K. In a
+    larger crop with the same object, ln(H W) grows, and the entropy hardly does.
 
 Paper
     The KD loss of DFSS (Sun & Wu, arXiv 2512.13175) is not public; the sum of both is our default.
@@ -26,8 +26,7 @@ Paper
 
 Symbols
     B images, K classes, H W pixels.  s, t: probabilities of student and teacher (in the code: their
-    logits).  T: temperature; above 1 it softens
-    both distributions and small probabilities count more.
+    logits).  T: temperature; above 1 it softens both and small probabilities count more.
 
 Worked example (K = 2 classes, 2x2 pixels, T = 1; the demo prints it, a test asserts it)
     teacher logits  class 0: ln 3 everywhere,  class 1: 0        -> 3/4 and 1/4 at each pixel
