@@ -74,23 +74,23 @@ def interval(numbers, sign="+"):
 def markdown(header, lines, columns=""):
     """Return lines of cells as a Markdown table, without empty columns.
 
-    `columns` is a regular expression. It selects columns by title; the first one is always shown.
+    `columns` is a regular expression. It selects columns by title; the first one is always listed.
     """
     first, *others = zip(header, ["---"] * len(header), *lines, strict=True)
-    shown = [first, *(x for x in others if any(x[2:]) and re.search(columns, x[0]))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in zip(*shown, strict=True))
+    listed = [first, *(x for x in others if any(x[2:]) and re.search(columns, x[0]))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in zip(*listed, strict=True))
 
 
 def table(record, pattern="", columns=""):
     """Return a Markdown table with one line per row, averaged over seeds.
 
-    `pattern` and `columns` are regular expressions: only rows and columns that match are shown.
+    `pattern` and `columns` are regular expressions: only rows and columns that match are listed.
     """
     rows, lines = by_row(record), []
-    shown = [row for row in rows if re.search(pattern, row)]
-    sizes = {row: size_of(row) for row in shown}
-    for row in shown:
-        first = next(other for other in shown if sizes[other] == sizes[row])
+    listed = [row for row in rows if re.search(pattern, row)]
+    sizes = {row: size_of(row) for row in listed}
+    for row in listed:
+        first = next(other for other in listed if sizes[other] == sizes[row])
         original = next((x for x in (f"{ORIGINAL}, {sizes[row]}", ORIGINAL) if x in rows), None)
         averages = (values(rows, f"{row} / {original}") if original else [],
                     values(rows, row, "agreement_miou"))
