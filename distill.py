@@ -69,24 +69,21 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
 
     teacher, student: modules on one device, from RGB in [0, 1] to logits of the same classes (see
     `models.wrap`); the teacher is frozen for good, the student trained in place. pool: a folder or
-    a list of files. size: (H, W). out: a folder for records. With it, a second call with the same
-    arguments and the student's initial weights resumes an interrupted run. Returns the dict
-    `result`, with "curve" if trained.
+    a list of files. size: (H, W). out: a folder for records; a second call with the same arguments
+    and initial weights resumes an interrupted run. Returns `result`, with "curve" if trained.
     """
     cfg = with_defaults(cfg or Config(), **DEFAULTS)
     out = Path(out) if out else None
     teacher, student, timer = freeze(wrap(teacher)), wrap(student), records.Timer()
     device = next(teacher.parameters()).device
-    # With match_colours, pool photos are matched to the estimated colours of the teacher's training
-    # images (colours.py), for scoring and for training. Evaluation images are not changed.
+    # With match_colours, all pool photos (nothing else) get the teacher's colours: see colours.py.
     pool = open_pool(pool, teacher, size, cfg.match_colours)
 
     # 1. Read the teacher's BatchNorm statistics.
     layers = select_layers(bn_layers(teacher), cfg.layers)
     check_inputs(teacher, student, layers, pool, cfg)                # rehearses a training step
 
-    # 2. Score the pool: how far is each photo from the teacher's training data? Like score_pool of
-    #    ads_sampler.py, but with `out`, the scores are kept below runs/scores for later runs.
+    # 2. Score the pool, as score_pool of ads_sampler.py does; with `out`, scores are kept on disk.
     score = selection_score(teacher, layers, cfg, len(pool))
     cache_file = score_file(teacher, layers, pool, cfg) if out else None
     scores, skipped = cached_scores(score, pool, device, cfg.workers, cache_file)         # (N,)
@@ -111,7 +108,6 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     #    here, once. With 0, each step draws new views and runs the teacher.
     optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, weight_decay=0.01, fused=True)
     scheduler = warmup_poly(optimizer, cfg.steps)     # 50 steps up, then (1 - step/steps)^0.9
-    # about: what must be the same, besides cfg and student, for a run to be resumed.
     trainer = Training(student, optimizer, scheduler, cfg, out, about=(teacher, size))
     # The size of the student's logits; of the teacher's if the student's are below H/4 x W/4.
     logit_size = comparison_size(teacher, student, size)                                  # (h, w)
