@@ -1,4 +1,4 @@
-"""experiments/baselines.py and generators.py: selections, synthetic images, tiles."""
+"""experiments/baselines.py and tiles.py: other selections, and photos in tiles."""
 
 import math
 
@@ -7,10 +7,9 @@ import torch
 from PIL import Image
 
 from bn_stats import bn_distance, bn_layers, capture_bn_inputs, image_distances
-from experiments import baselines, generators
+from experiments import baselines, tiles
 from models import freeze
 from support import checkpoint
-from support.checkpoint import fingerprint
 from support.data import Pool
 from support.images import find_images, hold_out
 
@@ -25,7 +24,7 @@ def teacher(world):
 
 @pytest.fixture
 def words(world):
-    """Return the options of both programs that name a file with this teacher."""
+    """Return options that name a file with this teacher."""
     return f"--teacher {world}/teacher.pt --device cpu "
 
 
@@ -101,47 +100,25 @@ def test_the_program_lists_what_it_selects(teacher, words, tmp_path, pool_folder
         baselines.main(f"{words} --budget 28 --out {tmp_path}/more".split())
 
 
-def test_the_bn_loss_is_that_of_all_pixels_of_a_batch_with_the_first_layer_ten_times(teacher):
-    images = torch.rand(6, 3, *SIZE) * torch.rand(6, 3, 1, 1)
-    with capture_bn_inputs(teacher) as captured:
-        d = distance_of_set(teacher, images)
-    torch.testing.assert_close(generators.bn_loss(captured, bn_layers(teacher)),
-                               d.sum() + 9 * d[0])
-
-
-def test_deepinversion_brings_noise_nearer_to_the_statistics(teacher):
-    noise, before = torch.rand(4, 3, *SIZE), fingerprint(teacher)
-    images = generators.deepinversion(teacher, noise, steps=60)
-    assert distance_of_set(teacher, images).sum() < 0.8 * distance_of_set(teacher, noise).sum()
-    assert images.shape == noise.shape and images.min() >= 0 and images.max() <= 1
-    assert fingerprint(teacher) == before and not images.requires_grad
-
-
-def test_deepinversion_writes_as_many_images_as_asked_for(words, tmp_path):
-    words += f"--out {tmp_path}/a --count 5 --batch-size 3 --steps 2"
-    metrics = generators.main(words.split())
-    assert metrics["processor_seconds"] > 0 and len(find_images(tmp_path)) == 5
-
-
 def test_tiles_are_those_of_the_image_in_another_order():
     def cut(image):
         return [image[:, y:y + 3, x:x + 4] for y in range(0, 12, 3) for x in range(0, 16, 4)]
 
     torch.manual_seed(0)
     image = torch.rand(3, 13, 18)                                       # 12x16 of it in 4x4 tiles
-    shuffled = generators.shuffle_tiles(image, 4)
+    shuffled = tiles.shuffle_tiles(image, 4)
     order = [next(i for i, tile in enumerate(cut(image)) if torch.equal(tile, piece))
              for piece in cut(shuffled)]
     assert shuffled.shape == (3, 12, 16) and sorted(order) == list(range(16)) != order
 
 
-def test_tiles_of_a_list_of_photos_have_twice_the_working_size(words, pool_folder, tmp_path):
+def test_tiles_of_a_list_of_photos_are_written_in_its_order(pool_folder, tmp_path):
     files, made = [pool_folder / "03.png", pool_folder / "01.png"], []
     (tmp_path / "list.csv").write_text(f"file\n{files[0]}\n{files[1]}\n")
-    words += f"--method tiles --images {tmp_path}/list.csv"
+    words = f"--images {tmp_path}/list.csv --image-size 64 96"
     for i, grid in enumerate((1, 4, 4)):
-        generators.main(f"{words} --grid {grid} --out {tmp_path}/{i}".split())
+        tiles.main(f"{words} --grid {grid} --out {tmp_path}/{i}".split())
         made.append(pictures(find_images(tmp_path / str(i))))
     assert Image.open(tmp_path / "0/0001.png").size == (96, 64)
-    whole, tiles = ((pictures(files).float() - images).abs().mean() for images in made[:2])
-    assert whole < 4 < tiles and torch.equal(made[1], made[2])          # they depend on the seed
+    whole, cut = ((pictures(files).float() - images).abs().mean() for images in made[:2])
+    assert whole < 4 < cut and torch.equal(made[1], made[2])          # they depend on the seed
