@@ -1,12 +1,12 @@
-"""How close is each step to the least it could cost? Ratios of times that are measured in turns.
+"""How close are a training step and the scoring of a batch to the least they could cost?
 
 Idea
     Seconds depend on the machine, ratios depend on the program. Each time is divided by its floor,
-    which cannot be avoided: scoring and caching by a bare forward pass of the teacher, a training
-    step by a bare step of the student (forward, a loss of one line, backward, optimizer), a scan of
-    photos by decoding and scoring them. Both are measured in turns in one process. A row shows the
-    median and quartiles of their ratios. On a CPU, processor time is measured: other programs
-    disturb it less. "setup" is a run of distill.py of one step.
+    which cannot be avoided: scoring by a bare forward pass of the teacher, a training step by a
+    bare step of the student (forward, a loss of one line, backward, optimizer). Both are measured
+    in turns in one process. A row shows the median and quartiles of their ratios. On a CPU,
+    processor time is measured: other programs disturb it less. "setup" is a distillation of one
+    step.
 
 Use it
     python -m experiments.benchmark                      # minutes; steadiest with OMP_NUM_THREADS=1
@@ -15,8 +15,7 @@ Use it
 
 import tempfile
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, process_time
 
@@ -27,16 +26,12 @@ from PIL import Image
 import distill
 from bn_stats import image_distances
 from models import build_model, freeze
-from support.checkpoint import save_json
-from support.data import Pool, Views
-from support.options import Options, one_sentence, option, parse, pick_amp, pick_device
-from support.records import environment
-from support.scoring import cached_scores
-from support.teacher_cache import TeacherCache, comparison_size
+from support import checkpoint, options, records
+from support.options import option
 
 
 @dataclass(frozen=True)
-class Config(Options):
+class Config(options.Options):
     repeats: int = option(7, "repetitions of each measurement, after one to warm up", min=2)
     quick: bool = option(False, "tiny sizes, to see that it works")
     device: str = option("auto", "cpu, cuda or auto")
@@ -62,45 +57,30 @@ def ratio(floor, call, repeats, device):
 
 
 def measurements(teacher, images, file, steps):
-    """Yield (what, name of the floor, target, floor, call) of each step; images: (B, 3, H, W)."""
-    (B, _, H, W), device, files = images.shape, images.device, [file] * len(images)
-    pool = Pool(files, (H, W))
+    """Yield (what, name of the floor, target, floor, call) of each row; images: (B, 3, H, W)."""
+    (B, _, H, W), device = images.shape, images.device
     student = build_model("resnet_tiny", 21).to(device)
     optimizer = torch.optim.AdamW(student.parameters(), 1e-4, fused=True)
-    amp = pick_amp("auto", device)
-    autocast = partial(torch.autocast, device.type, amp, enabled=amp is not None)
-    cfg = distill.Config(budget=0, batch_size=B, views=24, steps=10 ** 6)
-    logit_size = comparison_size(teacher, student, (H, W))
-    teacher_pass = partial(distill.compute_teacher_logits, teacher, autocast, logit_size, cfg)
-    score = partial(image_distances, teacher)
+    amp = options.pick_amp("auto", device)
 
     def distil(steps):
-        distill.distill(teacher, student, files, (H, W), replace(cfg, views=1, steps=steps))
+        cfg = distill.Config(budget=0, batch_size=B, views=1, steps=steps)
+        distill.distill(teacher, student, [file] * B, (H, W), cfg)
 
     def bare_steps():
         distil(1)                          # what a run does once, which is not of interest here
         student.train()
         for _ in range(steps):
-            with autocast():
+            with torch.autocast(device.type, amp, enabled=amp is not None):
                 loss = student(images).float().square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
-    def bare_passes():                                  # B files, 24 views of each
-        for _ in range(24):
-            with autocast():
-                teacher(images)
-
     yield (f"train resnet_tiny, {steps} steps of {B} x {H}x{W}", "setup + student", 1.3,
            bare_steps, lambda: distil(steps + 1))
-    yield (f"cache 24 views of {B} JPEGs, {B} x {H}x{W}, resnet_small", "teacher", 1.1,
-           bare_passes, lambda: TeacherCache(teacher_pass, Views(files, (H, W), 0), cfg, device))
-    yield (f"scan {B} JPEGs of 480x640", "decode + score", 1.1,
-           lambda: score(torch.stack([pool.view(i) for i in range(B)]).to(device) / 255),
-           lambda: cached_scores(lambda x, _: score(x), pool, device))
     yield (f"score {B} x {H}x{W}, resnet_small", "teacher", 1.3, lambda: teacher(images),
-           lambda: score(images))
+           lambda: image_distances(teacher, images))
 
 
 def table(record):
@@ -114,8 +94,8 @@ def table(record):
 
 def main(argv=None):
     """Measure on one device, write the record and return it."""
-    cfg = parse(Config, argv, "Measure how close each step is to its floor.")
-    device = pick_device(cfg.device)
+    cfg = options.parse(Config, argv, "Measure how close each step is to its floor.")
+    device = options.pick_device(cfg.device)
     size, steps = ((2, 3, 32, 48), 5) if cfg.quick else ((16, 3, 96, 128), 300)
     images, rows = torch.rand(size, device=device), []
     teacher = build_model("resnet_small", 21).to(device, memory_format=torch.channels_last)
@@ -127,11 +107,11 @@ def main(argv=None):
         for what, name, target, *calls in measurements(teacher, images, file, steps):
             rows.append({"what": what, "floor": name, "target": target,
                          **ratio(*calls, cfg.repeats, device)})
-    record = {"environment": environment(device), "repeats": cfg.repeats, "rows": rows}
-    save_json(record, Path(cfg.out) / f"benchmark_{device.type}.json")
+    record = {"environment": records.environment(device), "repeats": cfg.repeats, "rows": rows}
+    checkpoint.save_json(record, Path(cfg.out) / f"benchmark_{device.type}.json")
     print(table(record))
     return record
 
 
 if __name__ == "__main__":
-    one_sentence(main)()
+    options.one_sentence(main)()
