@@ -110,71 +110,63 @@ def report(results, class_names):
     return "\n".join(lines)
 
 
-def write_masks(model, folder, out, size, device, overlay=False):
+def write_masks(model, folder, out, size, device):
     """Write an index PNG with a palette for every image of `folder`; return how many.
 
     size: (H, W) that images are resized to cover. Masks keep the image's own size and relative
-    path, with the suffix .png. Unreadable files are named and skipped. overlay: also write a JPEG
-    of mask and image, blended half and half.
+    path, with the suffix .png. Unreadable files are named and skipped.
     """
     from pathlib import Path
 
-    from support.evaluation import save_mask
-    from support.images import as_input, find_images, load_image, resize_to_cover, to_tensor
-    from support.labelled import class_colours
-    from support.progress import progress
+    from support import figures, images, labelled, options
     if Path(folder).resolve() in (Path(out).resolve(), *Path(out).resolve().parents):
         raise ValueError(f"--out {out} lies in the folder of the images; name another folder")
-    files, written = find_images(folder), 0
+    files, written = images.find_images(folder), 0
     names = [path.relative_to(folder).with_suffix(".png") for path in files]
     if len(set(names)) < len(files):                                 # such as a.jpg and a.png
         names = [path.relative_to(folder).with_name(f"{path.name}.png") for path in files]
-    own = class_colours(getattr(model, "class_names", ()))
-    colours = [*own, *class_colours([])[len(own):]]                  # for outputs without a name
-    for path, name in zip(progress(files, "masks"), names, strict=True):
+    own = labelled.class_colours(getattr(model, "class_names", ()))
+    colours = [*own, *labelled.class_colours([])[len(own):]]         # for outputs without a name
+    for path, name in zip(options.progress(files, "masks"), names, strict=True):
         try:
-            image = load_image(path)
+            image = images.load_image(path)
         except ValueError as error:
             print(f"skipped {error}")
             continue
-        images = as_input(to_tensor(resize_to_cover(image, size)).unsqueeze(0), device)
+        x = images.to_tensor(images.resize_to_cover(image, size)).unsqueeze(0)     # (1, 3, h, w)
         with torch.inference_mode():
-            mask = predict(model.eval(), images, image.size[::-1])[0]              # (H, W)
-        save_mask(mask, image, Path(out) / name, colours, overlay)
+            mask = predict(model.eval(), images.as_input(x, device), image.size[::-1])[0]  # (H, W)
+        figures.save_mask(mask, Path(out) / name, colours)
         written += 1
     return written
 
 
 def main(argv=None):
     """Score a checkpoint on labelled data, or write masks for a folder; return the metrics."""
-    from support.checkpoint import load_model, save_json
-    from support.evaluation import Config
-    from support.labelled import check_labels, open_labelled
-    from support.options import parse, pick_device, pick_workers
-    from support.progress import progress
-    from support.records import by_name
-    cfg = parse(Config, argv, "Score a checkpoint on labelled data, or write masks for a folder.")
-    device = pick_device(cfg.device)
-    model = load_model(cfg.checkpoint, cfg.model).to(device)
+    from support import checkpoint, command, labelled, options, records
+    cfg = options.parse(command.Evaluation, argv, main.__doc__.split(";")[0])
+    device = options.pick_device(cfg.device)
+    model = checkpoint.load_model(cfg.checkpoint, cfg.model).to(device)
     size = cfg.image_size or model.image_size
     if size is None:
         raise ValueError(f"{cfg.checkpoint} does not say its image size; give --image-size")
     if cfg.images:
         if not cfg.out:
             raise ValueError("--out is missing; name a folder for the masks")
-        count = write_masks(model, cfg.images, cfg.out, size, device, cfg.overlay)
+        count = write_masks(model, cfg.images, cfg.out, size, device)
         print(f"{count} masks in {cfg.out}")
         return {"masks": count}
-    data = open_labelled(cfg.dataset, cfg.data_root, cfg.split, size,
-                         cfg.num_classes or model.num_classes, cfg.download)
-    check_labels(data, model.class_names)
-    loader = torch.utils.data.DataLoader(data, num_workers=pick_workers(cfg.workers, device))
-    result = evaluate(model, progress(loader, "evaluate"), len(data.class_names))
+    data = labelled.open_labelled(cfg.dataset, cfg.data_root, cfg.split, size,
+                                  cfg.num_classes or model.num_classes, cfg.download)
+    labelled.check_labels(data, model.class_names)
+    workers = options.pick_workers(cfg.workers, device)
+    loader = torch.utils.data.DataLoader(data, num_workers=workers)
+    result = evaluate(model, options.progress(loader, "evaluate"), len(data.class_names))
     print(report({"model": result}, data.class_names))
     metrics = {"miou": result["miou"], "pixel_accuracy": result["pixel_accuracy"],
-               "iou": by_name(data.class_names, result["iou"]), "config": vars(cfg)}
+               "iou": records.by_name(data.class_names, result["iou"]), "config": vars(cfg)}
     if cfg.out:
-        save_json(metrics, cfg.out)
+        checkpoint.save_json(metrics, cfg.out)
     return metrics
 
 

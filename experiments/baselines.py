@@ -33,10 +33,8 @@ import torch
 
 from ads_sampler import sample
 from bn_stats import bn_distance, bn_layers, capture_bn_inputs, select_layers
-from support import command, records
-from support.data import open_pool
+from support import command, data, records, scoring
 from support.options import one_sentence, option
-from support.scoring import cached_scores
 
 
 def mean_entropy(logits):
@@ -88,7 +86,7 @@ class Config(command.Inputs):
 def select(cfg, out):
     """Select images as `cfg` says and write out/chosen.csv, which distill.py takes as --pool."""
     teacher, files, _ = command.open_inputs(cfg, out)
-    pool = open_pool(files, teacher, teacher.image_size, cfg.match_colours)
+    pool = data.open_pool(files, teacher, teacher.image_size, cfg.match_colours)
     layers = select_layers(bn_layers(teacher), cfg.layers)
     rows = {}
 
@@ -99,7 +97,7 @@ def select(cfg, out):
             rows.setdefault(name, []).append(torch.stack(statistics))          # (2, B, C)
         return -mean_entropy(logits)
 
-    scores, _ = cached_scores(score, pool, teacher.mean.device, cfg.workers)   # (N,)
+    scores, _ = scoring.cached_scores(score, pool, teacher.mean.device, cfg.workers)   # (N,)
     selected, usable = sample(scores, cfg.budget), scores.isfinite().nonzero().squeeze(1)
     captured = {name: torch.cat(parts, dim=1)[:, usable] for name, parts in rows.items()}
     if cfg.method == "k-centre":

@@ -9,8 +9,7 @@ Idea
 Use it
     python -m experiments.compare --preset scenes --seeds 3 --out results/scenes.json
     python -m experiments.compare --preset headline --seeds 5 --out results/headline.json \\
-        --common "--dataset camvid --data-root DIR --pool DIR --teacher T.pt --steps 2400" \\
-        --extra-splits "test test:Seq05VD"                       # also score the students on these
+        --common "--dataset camvid --data-root DIR --pool DIR --teacher T.pt --steps 2400"
     python -m experiments.compare --table results/scenes.json    # print the table of a record
     python -m experiments.compare --table "results/camvid_length.json results/camvid_7200.json"
 """
@@ -20,18 +19,14 @@ import re
 import shlex
 import subprocess
 import sys
-from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from itertools import pairwise, product
 from pathlib import Path
 
 import distill
-import evaluate
 from experiments.tables import T95, read, table
-from support.checkpoint import save_json
-from support.images import read_csv
+from support import checkpoint, images, records
 from support.options import Options, one_sentence, option, parse
-from support.records import differences, started
 
 ROWS = Path(__file__).with_name("rows.csv")
 
@@ -41,7 +36,6 @@ class Config(Options):
     preset: str = option("scenes", "rows of the table: a preset of experiments/rows.csv")
     rows: str = option("", "only rows in which this regular expression is found")
     common: str = option("", "options of distill.py that all rows share, in quotes")
-    extra_splits: str = option("", "further parts of the data to score students on, in quotes")
     original: str = option("", "the teacher's training images (default: train of --data-root)")
     seeds: int = option(3, "number of seeds, from 0 on", min=1)
     runs: str = option("", "folder of the single runs (default: named after --out)")
@@ -52,7 +46,7 @@ class Config(Options):
 def read_preset(preset):
     """Return {row: options} of a preset; a row with several values of {n} becomes several rows."""
     return {name.replace("{n}", n): words.replace("{n}", n)
-            for named, name, words, numbers in read_csv(ROWS)[1:] if named == preset
+            for named, name, words, numbers in images.read_csv(ROWS)[1:] if named == preset
             for n in numbers.split() or [""]}
 
 
@@ -80,28 +74,16 @@ def run_once(words, folder):
     config, metrics = folder / "config.json", folder / "metrics.json"
     if config.exists():                          # a run of the same name may have other options
         now = asdict(parse(distill.Config, words, ""))
-        changed = "; ".join(differences(now, json.loads(config.read_text())))
+        changed = "; ".join(records.differences(now, json.loads(config.read_text())))
         if changed:
             raise ValueError(f"{folder} has other options ({changed}); choose another --runs")
     if not metrics.exists():
-        words = [*words, "--out", str(folder), *(["--resume"] if started(folder) else [])]
+        words = [*words, "--out", str(folder), *(["--resume"] if records.started(folder) else [])]
         done = subprocess.run([sys.executable, "distill.py", *words], stderr=subprocess.PIPE,
                               stdout=subprocess.DEVNULL, text=True, check=False)
         if done.returncode:
             raise ValueError(f"distill.py {shlex.join(words)} failed: {done.stderr[-500:]}")
     return json.loads(metrics.read_text())
-
-
-def score_split(split, run, folder):
-    """Return the mIoU of the student in `folder` on one more split. run: its distill.Config."""
-    path = folder / f"{split.replace(':', '-')}.json"              # read if it was scored before
-    if not path.exists():
-        words = ["--checkpoint", folder / "student.pt", "--model", run.student_model, "--dataset",
-                 run.dataset, "--data-root", run.data_root, "--split", split, "--device",
-                 run.device, "--out", path]
-        with redirect_stdout(None):                                # without the table of classes
-            evaluate.main(map(str, words))
-    return json.loads(path.read_text())["miou"]
 
 
 def collect(cfg):
@@ -114,12 +96,10 @@ def collect(cfg):
     for seed, row in product(range(cfg.seeds), rows):
         folder = runs / re.sub(r"\W", "-", f"{row} s{seed}")
         metrics = run_once([*rows[row], "--seed", str(seed)], folder)
-        run = distill.Config(**metrics.pop("config"))
-        splits = {split: score_split(split, run, folder) for split in cfg.extra_splits.split()}
+        del metrics["config"]                                      # `options` and `common` say it
         print(f"{row:40s} seed {seed}   mIoU {100 * metrics['student_miou']:.1f} %", flush=True)
-        record["runs"].append(
-            {"row": row, "seed": seed, "options": preset[row], **metrics, "splits": splits})
-        save_json(record, cfg.out)                                 # what is done is not lost
+        record["runs"].append({"row": row, "seed": seed, "options": preset[row], **metrics})
+        checkpoint.save_json(record, cfg.out)                      # what is done is not lost
     return record
 
 

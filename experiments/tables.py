@@ -81,16 +81,15 @@ def markdown(header, lines, columns=""):
     return "\n".join("| " + " | ".join(line) + " |" for line in zip(*listed, strict=True))
 
 
-def table(record, pattern="", columns=""):
+def table(record, columns=""):
     """Return a Markdown table with one line per row, averaged over seeds.
 
-    `pattern` and `columns` are regular expressions: only rows and columns that match are listed.
+    `columns` is a regular expression: only columns that match are listed.
     """
     rows, lines = by_row(record), []
-    listed = [row for row in rows if re.search(pattern, row)]
-    sizes = {row: size_of(row) for row in listed}
-    for row in listed:
-        first = next(other for other in listed if sizes[other] == sizes[row])
+    sizes = {row: size_of(row) for row in rows}
+    for row in rows:
+        first = next(other for other in rows if sizes[other] == sizes[row])
         original = next((x for x in (f"{ORIGINAL}, {sizes[row]}", ORIGINAL) if x in rows), None)
         averages = (values(rows, f"{row} / {original}") if original else [],
                     values(rows, row, "agreement_miou"))

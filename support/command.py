@@ -13,13 +13,11 @@ from torch.utils.data import DataLoader
 from bn_stats import METRICS
 from models import MODELS, build_model, freeze
 from priority import effective_sample_size, progressive_weights
-from support import checkpoint, figures, records
-from support.checks import describe_fit
+from support import checkpoint, checks, figures, images, networks, records
 from support.data import Pool
-from support.images import drop_copies, find_images, hold_out
 from support.labelled import DATASETS, Labels, check_labels, open_labelled
-from support.networks import load_network
-from support.options import Running, inputs, labels, method, pick_device, pick_workers
+from support.options import (Running, inputs, labels, method, output, pick_device, pick_workers,
+                             running)
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,20 @@ class Inputs(Labels, Running):
     metric: str = method("l2", "distance to the statistics: the paper's l2, or kl", METRICS)
     layers: str = method("all", "BatchNorm layers: all, early, middle, late, names, indices")
     match_colours: bool = method(False, "match photos' colours to the teacher's training images")
+
+
+@dataclass(frozen=True)
+class Evaluation(Labels):
+    """The options of evaluate.py."""
+
+    checkpoint: str | None = inputs(None, "student.pt, teacher.pt or a state dict", metavar="FILE")
+    model: str | None = inputs(None, "network of a state dict: a name, or FILE.py:FUNCTION")
+    image_size: tuple[int, int] | None = inputs(None, "size to resize to (default: its own)")
+    split: str = labels("val", "part of it; 'val:0016E5,0006R0' keeps those sequences")
+    images: str | None = output(None, "write masks for these images instead", metavar="FOLDER")
+    out: str | None = output(None, "file for metrics (JSON); folder for masks", metavar="PATH")
+    device: str = running("auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
+    workers: int | None = running(None, "processes that load images (default: 4 with a GPU)")
 
 
 def load_teacher(cfg):
@@ -59,8 +71,8 @@ def build_student(cfg, teacher):
         how = {"weights_backbone": "DEFAULT"}
     else:
         how = {"mean": teacher.mean.flatten().tolist(), "std": teacher.std.flatten().tolist()}
-    student = load_network(cfg.student_model, teacher.class_names, teacher.image_size, **how)
-    return student.to(teacher.mean.device)
+    names, size = teacher.class_names, teacher.image_size
+    return networks.load_network(cfg.student_model, names, size, **how).to(teacher.mean.device)
 
 
 def open_inputs(cfg, out=None):
@@ -76,10 +88,10 @@ def open_inputs(cfg, out=None):
         raise ValueError("--pool is missing; name a folder of unlabelled photos")
     if out and Path(cfg.pool).resolve() in out.resolve().parents:      # its figures would join it
         raise ValueError(f"--out {out} lies in the pool; name another folder")
-    teacher, files = load_teacher(cfg), find_images(cfg.pool)
+    teacher, files = load_teacher(cfg), images.find_images(cfg.pool)
     size = teacher.image_size
     if cfg.dataset == "none":
-        files, others = hold_out(files)
+        files, others = images.hold_out(files)
         held_out = [(x, None) for _, x, readable in DataLoader(Pool(others, size)) if readable]
         if not held_out:
             raise ValueError(f"no image held out for agreement can be read, such as {others[0]}")
@@ -90,7 +102,7 @@ def open_inputs(cfg, out=None):
         others = labelled.images
         # One by one: they differ in size.
         held_out = DataLoader(labelled, num_workers=pick_workers(cfg.workers, teacher.mean.device))
-    files, copies = drop_copies(files, others)
+    files, copies = images.drop_copies(files, others)
     if copies:
         print(f"warning: {len(copies)} images of the pool are left out: they are evaluated on")
     if out:
@@ -114,7 +126,7 @@ def record_selection(result, cfg, out):
 
 def report_dry_run(result, teacher, cfg, out):
     """Print and draw whether the pool fits the teacher; return the metrics of a dry run."""
-    print(describe_fit(teacher, result))
+    print(checks.describe_fit(teacher, result))
     figures.pool_figure(result, teacher.image_size, cfg.sampling, out / "pool.png")
     print(f"dry run: nothing was trained; see {out / 'pool.png'}")
     return {"pool_images": len(result["scores"]) - len(result["skipped"]), "out": str(out)}

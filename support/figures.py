@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from PIL import Image
 
 from ads_sampler import sample
 from priority import progressive_weights
+from support import images, labelled
 from support.checkpoint import atomic
-from support.images import as_input, load_image, resized_crop
-from support.labelled import WHITE, class_colours
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#a0aec0"
 # What the scores of each --sampling are, and what the smallest and the largest of them mean.
@@ -26,6 +26,14 @@ SCORES = {"nearest": ("distance to the teacher's training data", "Nearest", "Far
 def save_png(figure, path):
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
+
+
+def save_mask(mask, path, colours):
+    """Write classes (H, W) as an index PNG with a palette of RGB colours."""
+    png = Image.fromarray(mask.byte().cpu().numpy())
+    png.putpalette([value for colour in colours for value in colour])
+    with atomic(path) as temporary:
+        png.save(temporary, format="PNG")
 
 
 def picture_row(figure, pictures, title, titles=None):
@@ -68,7 +76,7 @@ def pool_rows(top, bottom, result, size, sampling):
     order = sample(d, int(d.isfinite().sum())).tolist()
     for figure, indices, name in ((top, order[:10], first), (bottom, order[-10:], last)):
         files = [result["pool"].files[i] for i in indices]
-        pictures = [resized_crop(load_image(path, size), size) for path in files]
+        pictures = [images.resized_crop(images.load_image(path, size), size) for path in files]
         picture_row(figure, pictures, f"{name} in the pool", [f"{d[i]:.3g}" for i in indices])
 
 
@@ -98,13 +106,13 @@ def examples(held_out, models, predict):
         rows["Truth"] += [] if target is None else [target]
         for name, model in models.items():
             device = next(model.parameters()).device
-            rows[name].append(predict(model, as_input(image, device), size)[0])
+            rows[name].append(predict(model, images.as_input(image, device), size)[0])
     return {name: pictures for name, pictures in rows.items() if pictures}
 
 
 def run_figure(result, teacher, cfg, rows, path):
     """Write the figure of a run: from the pool to the student's masks. rows: of `examples`."""
-    colours = np.array([*class_colours(teacher.class_names), WHITE], dtype=np.uint8)
+    colours = np.array([*labelled.class_colours(teacher.class_names), labelled.WHITE], np.uint8)
     figure = Figure(figsize=(11, 6.3 + 1.45 * len(rows)), layout="constrained")
     # A dollar sign would start a formula.
     patches = [Patch(facecolor=colour / 255, edgecolor=GREY, label=name.replace("$", r"\$"))

@@ -26,8 +26,7 @@ from torchvision.models.segmentation import FCN_ResNet50_Weights
 
 from support import scenes
 from support.images import find_images, load_image, resize_to_cover, to_tensor
-from support.options import Options, labels
-from support.progress import progress
+from support.options import Options, labels, progress
 
 IGNORE = 255
 VOID = "void"                                            # the name of a value that is ignored

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
 import torch
+from tqdm import tqdm
 
 GROUPS = ("inputs", "labels", "method", "training", "output", "running")     # in --help's order
 
@@ -159,6 +160,12 @@ def pick_amp(name, device):
     if name == "auto":
         name = "bfloat16" if native else "off"
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "off": None}[name]
+
+
+def progress(iterable, name, **options):
+    """Return a tqdm bar over `iterable`: every second on a terminal, every 30 s in a log file."""
+    pause = 1 if sys.stderr.isatty() else 30
+    return tqdm(iterable, name, mininterval=pause, ncols=79, ascii=True, **options)
 
 
 # ---------------------------------------------------------------- errors of a user

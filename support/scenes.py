@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from support.progress import progress
+from support.options import progress
 
 CLASSES = ("sky", "building", "road", "pavement", "tree", "car", "person", "sign")
 PALETTE = ((70, 130, 180), (88, 80, 84), (128, 64, 128), (244, 35, 232),

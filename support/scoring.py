@@ -24,12 +24,8 @@ import PIL
 import torch
 
 from bn_stats import bn_layers, image_distances, select_layers
-from support.checkpoint import atomic, fingerprint
-from support.command import Inputs, open_inputs
-from support.data import iterate, open_pool
+from support import checkpoint, command, data, options
 from support.images import as_input
-from support.options import one_sentence, parse, set_deterministic
-from support.progress import progress
 
 BATCH = 16                      # fixed: convolutions round a little differently at other sizes
 STORE = Path("runs/scores")     # this folder may be deleted at any time
@@ -49,7 +45,7 @@ def score_file(teacher, layers, pool, cfg):
     code = [path.read_text() for path in sorted([*root.glob("*.py"), *root.glob("support/*.py")])]
     sampling = getattr(cfg, "sampling", "nearest")                       # absent in `main`
     settings = (sampling, cfg.metric, cfg.match_colours, cfg.seed if sampling == "random" else 0)
-    content = (fingerprint(teacher), repr(teacher), list(layers), settings, pool.size,
+    content = (checkpoint.fingerprint(teacher), repr(teacher), list(layers), settings, pool.size,
                torch.__version__, PIL.__version__, next(teacher.parameters()).device.type,
                paths, stats, code)
     return STORE / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}.f32"
@@ -58,7 +54,7 @@ def score_file(teacher, layers, pool, cfg):
 def open_scores(path, count):
     """Return the array (count,) float32 in a file, which is made if need be; else OSError."""
     if not path.exists():
-        with atomic(path) as temporary:
+        with checkpoint.atomic(path) as temporary:
             np.full(count, MISSING, np.float32).tofile(temporary)
     return np.memmap(path, np.float32, "r+", shape=(count,))
 
@@ -82,9 +78,10 @@ def cached_scores(score, pool, device, workers=None, path=None, rank=0, processe
     todo = [batch for batch in batches[rank::processes] if not (stored[batch] > MISSING).all()]
     if path and not todo and rank == 0:
         print(f"the scores of this pool are read from {path}")
-    loader = iterate(pool, device, workers, batch_sampler=todo)
+    loader = data.iterate(pool, device, workers, batch_sampler=todo)
     hidden = rank > 0 or not todo
-    for index, images, readable in progress(loader, "scoring", total=len(todo), disable=hidden):
+    loader = options.progress(loader, "scoring", total=len(todo), disable=hidden)
+    for index, images, readable in loader:
         scores = score(as_input(images, device), index.to(device)).float().cpu()         # (B,)
         scores = scores.nan_to_num(torch.inf, torch.inf, torch.inf)
         stored[index] = scores.masked_fill(~readable, torch.nan)
@@ -103,11 +100,11 @@ def cached_scores(score, pool, device, workers=None, path=None, rank=0, processe
 def main(argv=None):
     """Score a pool by distance, in each process that torchrun started, or in this one."""
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cfg = parse(Inputs, argv, main.__doc__)
+    cfg = options.parse(command.Inputs, argv, main.__doc__)
     if cfg.deterministic:
-        set_deterministic()
-    teacher, files, _ = open_inputs(cfg)
-    pool = open_pool(files, teacher, teacher.image_size, cfg.match_colours)
+        options.set_deterministic()
+    teacher, files, _ = command.open_inputs(cfg)
+    pool = data.open_pool(files, teacher, teacher.image_size, cfg.match_colours)
     layers = select_layers(bn_layers(teacher), cfg.layers)
     path = score_file(teacher, layers, pool, cfg)
     if rank == 0:                    # one process alone makes the file: another would empty it
@@ -125,4 +122,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    one_sentence(main)()
+    options.one_sentence(main)()

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from support.data import iterate
 from support.images import as_input
-from support.progress import progress
+from support.options import progress
 
 MEMORY = 4 * 2 ** 30      # bytes of views, and of logits, that are kept in memory
 

@@ -18,12 +18,8 @@ from contextlib import closing
 
 import torch
 
-from support import checkpoint
+from support import checkpoint, images, options, records
 from support.data import iterate
-from support.images import as_input
-from support.options import pick_amp
-from support.progress import progress
-from support.records import digest
 
 CHECK_EVERY = 50          # steps between two checks of the loss; each check waits for the device
 SAVE_EVERY = 500          # steps between two resumable states, or after
@@ -52,13 +48,14 @@ class Training:
     def __init__(self, model, optimizer, scheduler, cfg, out=None, about=()):
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.cfg, self.path = cfg, out / "state.pt" if out else None
-        self.about = [digest(cfg), *(checkpoint.fingerprint(x) if isinstance(x, torch.nn.Module)
-                                     else str(x) for x in (model, *about))]
+        self.about = [records.digest(cfg)] + [
+            checkpoint.fingerprint(x) if isinstance(x, torch.nn.Module) else str(x)
+            for x in (model, *about)]
         self.device = next(model.parameters()).device
         # Channels-last is the faster layout in mixed precision. In float32 on a CPU it gains
         # nothing, and torch 2.14.1 corrupts memory there in the backward pass of a strided 1x1
         # convolution.
-        self.amp = pick_amp(cfg.amp, self.device)
+        self.amp = options.pick_amp(cfg.amp, self.device)
         if self.amp or self.device.type == "cuda":
             model.to(memory_format=torch.channels_last)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
@@ -107,12 +104,12 @@ class Training:
         loader = iterate(dataset, self.device, self.cfg.workers, batch_size=None, sampler=todo)
         self.save()          # an interrupted caller of the Python API starts again from here
         self.model.train()
-        bar = progress(loader, name, initial=self.done, total=self.cfg.steps)
+        bar = options.progress(loader, name, initial=self.done, total=self.cfg.steps)
         with closing(loader):                                 # closing ends the loading processes
             for step, batch in enumerate(bar, self.done):
                 # Dropout depends on (seed, step) alone. On a CPU only the low 32 bits count.
                 torch.manual_seed((1_000_003 * self.cfg.seed + step) % 2 ** 63)
-                yield step, *(x if x is None else as_input(x, self.device) for x in batch)
+                yield step, *(x if x is None else images.as_input(x, self.device) for x in batch)
                 self.done, last = step + 1, step == todo[-1]
                 if self.done % CHECK_EVERY == 0 or last:
                     self.curve.append((self.done, self.check_loss()))

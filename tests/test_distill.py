@@ -244,7 +244,7 @@ def test_a_teacher_may_lack_a_size_and_have_more_outputs_than_labels(world, tmp_
 
 def test_pretrained_students_keep_imagenets_normalisation(monkeypatch):
     load = Mock(return_value=nn.Identity())
-    monkeypatch.setattr(command, "load_network", load)
+    monkeypatch.setattr("support.networks.load_network", load)
     teacher = SegmentationModel(nn.Identity(), "own", 3, (0, 0, 0), (1, 1, 1))
     for weights_of in ("none", "imagenet"):
         command.build_student(distill.Config(student_weights=weights_of), teacher)

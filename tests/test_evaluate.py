@@ -155,18 +155,17 @@ def test_voc_is_scored_at_each_images_own_resolution(voc_tree, tmp_path, monkeyp
     assert f"mean IoU {100 * metrics['miou']:22.1f}" in capsys.readouterr().out
 
 
-def test_masks_keep_names_and_sizes_hold_classes_with_colours_and_are_blended_on_demand(
-        photos, tmp_path, capsys):
+def test_masks_keep_names_and_sizes_and_hold_classes_with_colours(photos, tmp_path, capsys):
     out = tmp_path / "masks"
     torch.manual_seed(0)
     model = build_model("resnet_tiny", 11, class_names=CAMVID, image_size=(32, 48)).eval()
     nn.init.normal_(model.net.head.weight)        # untrained, it would call every pixel the same
     save_model(model, tmp_path / "m.pt")
     words = ["--checkpoint", str(tmp_path / "m.pt"), "--images", str(photos), "--device", "cpu"]
-    assert main([*words, "--out", str(out), "--overlay"]) == {"masks": 2}
+    assert main([*words, "--out", str(out)]) == {"masks": 2}
     assert "skipped" in (said := capsys.readouterr().out) and "broken.png" in said
     assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*.*")) == [
-        "a.overlay.jpg", "a.png", "deeper/b.overlay.jpg", "deeper/b.png"]
+        "a.png", "deeper/b.png"]
     written = Image.open(out / "deeper" / "b.png")
     assert written.mode == "P" and Image.open(out / "a.png").size == (50, 40)
     assert written.getpalette()[:33] == [c for rgb in class_colours(CAMVID) for c in rgb]
@@ -176,9 +175,6 @@ def test_masks_keep_names_and_sizes_hold_classes_with_colours_and_are_blended_on
     with torch.no_grad():
         expected = predict(model, image[None] / 255, (64, 31))[0].numpy()
     assert len(np.unique(expected)) >= 2 and (np.asarray(written) == expected).all()
-    overlay = np.asarray(Image.open(out / "deeper" / "b.overlay.jpg"), dtype=float)
-    blend = (np.asarray(written.convert("RGB"), dtype=float) + np.asarray(photo)) / 2
-    assert overlay.shape == blend.shape and np.abs(overlay - blend).mean() < 12          # JPEG
 
 
 def test_two_images_of_one_name_get_two_masks_and_unnamed_classes_get_colours(photos, tmp_path):

@@ -13,7 +13,7 @@ import torchvision
 from conftest import with_random_statistics
 from pictures import coordinates, mask, write
 
-from support import command, evaluation, options
+from support import command, options
 from support.labelled import CITYSCAPES, VOC
 
 REPOSITORY = Path(__file__).parent.parent
@@ -32,7 +32,7 @@ def module(program):
 
 def config_of(program):
     """Return the dataclass of a program's options."""
-    elsewhere = {"evaluate.py": evaluation.Config, "support.scoring": command.Inputs}
+    elsewhere = {"evaluate.py": command.Evaluation, "support.scoring": command.Inputs}
     return elsewhere.get(program) or module(program).Config
 
 
@@ -108,7 +108,7 @@ def test_the_printed_sequence_runs_as_a_whole(tmp_path, pool_folder, monkeypatch
                  "distill.py": "--steps 2 --batch-size 2 --budget 5"}.get(program, "")
         module(program).main([*words, *small.split()])
     assert (tmp_path / "runs/fit/pool.png").exists() and (tmp_path / "student.pt2").exists()
-    assert len(list((tmp_path / "masks").rglob("*.overlay.jpg"))) == 30
+    assert len(list((tmp_path / "masks").rglob("*.png"))) == 30
     unlabelled = json.loads((tmp_path / "runs/unlabelled/metrics.json").read_text())
     assert unlabelled["student_miou"] is None
 
