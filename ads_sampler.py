@@ -58,8 +58,7 @@ def score_pool(score_batch, loader):
     for batch in loader:
         score = score_batch(batch)                                     # (B,)
         if score.dim() != 1:
-            raise ValueError("score_batch must return one score per image, (B,); got shape "
-                             f"{tuple(score.shape)}")
+            raise ValueError(f"score_batch must return (B,) scores; got {tuple(score.shape)}")
         scores.append(score.float().cpu())
     if not scores:
         raise ValueError("the pool is empty: the loader yielded no batch")

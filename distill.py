@@ -127,9 +127,8 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
         w = progressive_weights(weights, step / cfg.steps, cfg.schedule)             # (budget,)
         loss = weighted_loss(losses, w[index], w.mean())
         optimizer.zero_grad()
-        trainer.scaler.scale(loss).backward()                   # the scaler only acts in float16
-        trainer.scaler.step(optimizer)
-        trainer.scaler.update()
+        loss.backward()
+        optimizer.step()
         scheduler.step()
         trainer.log(loss)
     timer("distillation")

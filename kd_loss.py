@@ -60,9 +60,8 @@ import torch.nn.functional as F
 def check_and_cast(student_logits, teacher_logits):
     """Return both logits in at least float32, the teacher's detached; ValueError for the shape."""
     if student_logits.shape != teacher_logits.shape or student_logits.dim() != 4:
-        raise ValueError(f"student logits {tuple(student_logits.shape)} and teacher logits "
-                         f"{tuple(teacher_logits.shape)} must have the same shape (B, K, H, W); "
-                         "resize one of them")
+        raise ValueError("expected logits of one shape (B, K, H, W), resized if need be; got "
+                         f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}")
     # Half precision overflows in the sums and loses small probabilities.
     s, t = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
             for x in (student_logits, teacher_logits.detach()))

@@ -31,7 +31,7 @@ import torchvision
 from torch import nn
 from torchvision.models.segmentation import FCN, LRASPP, DeepLabV3
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
-from torchvision.ops import Conv2dNormActivation
+from torchvision.ops import Conv2dNormActivation as ConvBNReLU
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMALL = {"resnet_small": (32, 2),        # (width, blocks): the CPU teacher, and its student, which
@@ -42,21 +42,18 @@ MODELS = (*SMALL, "deeplabv3_mobilenet_v2", *TORCHVISION)
 SPECS = f"path/to/file.py:function, or one of {', '.join(MODELS)}"              # in messages
 
 
-def conv_bn(c_in, c_out, kernel=3, stride=1, act=nn.ReLU):
-    """Return convolution (without bias, padded by kernel // 2), BatchNorm and activation."""
-    return Conv2dNormActivation(c_in, c_out, kernel, stride, activation_layer=act)
-
-
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut: (B, c_in, H, W) -> (B, c_out, H/stride, W/stride)."""
 
     def __init__(self, c_in, c_out, stride):
         super().__init__()
-        self.body = nn.Sequential(conv_bn(c_in, c_out, 3, stride), conv_bn(c_out, c_out, act=None))
+        self.body = nn.Sequential(ConvBNReLU(c_in, c_out, 3, stride),
+                                  ConvBNReLU(c_out, c_out, activation_layer=None))
         # The shortcut averages before its 1x1 convolution (ResNet-D): a strided one would look at
         # a quarter of the pixels only.
         self.shortcut = nn.Identity() if c_in == c_out and stride == 1 else nn.Sequential(
-            nn.AvgPool2d(stride, ceil_mode=True), conv_bn(c_in, c_out, 1, act=None))
+            nn.AvgPool2d(stride, ceil_mode=True),
+            ConvBNReLU(c_in, c_out, 1, activation_layer=None))
 
     def forward(self, x):
         return F.relu(self.body(x) + self.shortcut(x))
@@ -68,13 +65,13 @@ class SmallResNet(nn.Module):
     def __init__(self, num_classes, width, blocks):
         super().__init__()
         channels = [width, 2 * width, 4 * width, 8 * width]            # at strides 2, 4, 8, 16
-        self.stem = conv_bn(3, width, 3, 2)
+        self.stem = ConvBNReLU(3, width, 3, 2)
         self.stages = nn.ModuleList(
             nn.Sequential(ResidualBlock(c, 2 * c, 2),
                           *[ResidualBlock(2 * c, 2 * c, 1) for _ in range(blocks - 1)])
             for c in channels[:-1])
-        self.lateral = nn.ModuleList(conv_bn(c, 2 * width, 1) for c in channels[1:])
-        self.smooth = nn.Sequential(conv_bn(2 * width, 2 * width), conv_bn(2 * width, 2 * width))
+        self.lateral = nn.ModuleList(ConvBNReLU(c, 2 * width, 1) for c in channels[1:])
+        self.smooth = nn.Sequential(*[ConvBNReLU(2 * width, 2 * width) for _ in range(2)])
         self.head = nn.Conv2d(2 * width, num_classes, 1)
 
     def forward(self, x):
@@ -192,8 +189,8 @@ def build_model(name, num_classes=None, weights=None, weights_backbone=None, **m
             raise ValueError(f"there are no weights {weights!r} for {name}; expected DEFAULT for "
                              f"one of {', '.join(TORCHVISION)}")
         weights = torchvision.models.get_model_weights(name).DEFAULT
-        more = {"class_names": weights.meta["categories"],              # normalised like ImageNet
-                "image_size": more.get("image_size")}
+        # The normalisation is ImageNet's.
+        more = {"class_names": weights.meta["categories"], "image_size": more.get("image_size")}
         num_classes = num_classes or len(more["class_names"])
     if num_classes is None:
         raise ValueError(f"{name} without published weights needs a number of classes")

@@ -63,8 +63,7 @@ def sample_weights(distances, method="minmax"):
     ValueError for another shape, no image, a distance that is not finite, or another method.
     """
     if distances.dim() != 1 or len(distances) == 0:
-        raise ValueError("expected the distances of at least one image, (N,); got shape "
-                         f"{tuple(distances.shape)}")
+        raise ValueError(f"expected distances (N,), at least one; got {tuple(distances.shape)}")
     if not torch.isfinite(distances).all():
         raise ValueError("distances must be finite; leave out images that have no finite distance")
     if method == "rank":

@@ -57,9 +57,8 @@ def train(model, data, cfg, out):
             logits = F.interpolate(model(images), half, mode="bilinear")         # (B, K, H/2, W/2)
         loss = cross_entropy(logits, target)
         optimizer.zero_grad()
-        run.scaler.scale(loss).backward()
-        run.scaler.step(optimizer)
-        run.scaler.update()
+        loss.backward()
+        optimizer.step()
         scheduler.step()
         run.log(loss)
     return run.curve

@@ -60,8 +60,8 @@ def herding(captured, layers, budget, metric="l2"):
 
     captured: {layer: (2, n, C), mean and variance of each image}. layers: {layer: module}.
     """
-    moments = {name: torch.stack([mean, var + mean.square()]).double()         # E f, E f^2
-               for name, (mean, var) in captured.items()}
+    moments = {name: torch.stack([m, v + m ** 2]).double()                     # E f, E f^2
+               for name, (m, v) in captured.items()}
     sums = {name: torch.zeros_like(m[:, :1]) for name, m in moments.items()}   # over S, (2, 1, C)
     selected = []
     while len(selected) < budget:
@@ -101,8 +101,7 @@ def select(cfg, out):
     selected, usable = sample(scores, cfg.budget), scores.isfinite().nonzero().squeeze(1)
     captured = {name: torch.cat(parts, dim=1)[:, usable] for name, parts in rows.items()}
     if cfg.method == "k-centre":
-        features = list(captured.values())[-1][0]                              # the last layer's mu
-        selected = usable[k_centre(features, cfg.budget)]
+        selected = usable[k_centre([*captured.values()][-1][0], cfg.budget)]  # the last layer's mu
     elif cfg.method == "herding":
         selected = usable[herding(captured, layers, cfg.budget, cfg.metric)]
     records.write_csv(out / "chosen.csv", ("file",), [[files[i]] for i in selected.tolist()])

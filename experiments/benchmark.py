@@ -9,11 +9,9 @@ Idea
     step.
 
 Use it
-    python -m experiments.benchmark                      # minutes; steadiest with OMP_NUM_THREADS=1
-    python -m experiments.benchmark --quick --out runs   # seconds: tiny sizes, to see that it works
+    python -m experiments.benchmark           (minutes; steadiest with OMP_NUM_THREADS=1)
 """
 
-import tempfile
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,6 @@ from time import perf_counter, process_time
 
 import numpy as np
 import torch
-from PIL import Image
 
 import distill
 from bn_stats import image_distances
@@ -29,11 +26,13 @@ from models import build_model, freeze
 from support import checkpoint, options, records
 from support.options import option
 
+SIZE, STEPS = (16, 3, 96, 128), 300                          # of a batch, of training
+PHOTO = Path(__file__).parents[1] / "results" / "scenes" / "figure.png"         # any picture
+
 
 @dataclass(frozen=True)
 class Config(options.Options):
     repeats: int = option(7, "repetitions of each measurement, after one to warm up", min=2)
-    quick: bool = option(False, "tiny sizes, to see that it works")
     device: str = option("auto", "cpu, cuda or auto")
     out: str = option("results", "folder for the record, benchmark_cpu.json", metavar="FOLDER")
 
@@ -56,7 +55,7 @@ def ratio(floor, call, repeats, device):
     return {"median": median, "quartiles": [low, high], "seconds": np.median(times, 0).tolist()}
 
 
-def measurements(teacher, images, file, steps):
+def measurements(teacher, images, steps):
     """Yield (what, name of the floor, target, floor, call) of each row; images: (B, 3, H, W)."""
     (B, _, H, W), device = images.shape, images.device
     student = build_model("resnet_tiny", 21).to(device)
@@ -65,7 +64,7 @@ def measurements(teacher, images, file, steps):
 
     def distil(steps):
         cfg = distill.Config(budget=0, batch_size=B, views=1, steps=steps)
-        distill.distill(teacher, student, [file] * B, (H, W), cfg)
+        distill.distill(teacher, student, [PHOTO] * B, (H, W), cfg)
 
     def bare_steps():
         distil(1)                          # what a run does once, which is not of interest here
@@ -96,15 +95,12 @@ def main(argv=None):
     """Measure on one device, write the record and return it."""
     cfg = options.parse(Config, argv, "Measure how close each step is to its floor.")
     device = options.pick_device(cfg.device)
-    size, steps = ((2, 3, 32, 48), 5) if cfg.quick else ((16, 3, 96, 128), 300)
-    images, rows = torch.rand(size, device=device), []
+    images, rows = torch.rand(SIZE, device=device), []
     teacher = build_model("resnet_small", 21).to(device, memory_format=torch.channels_last)
     teacher.train()(images)                              # one that looks untrained is refused
     freeze(teacher)
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(None):
-        file = Path(folder, "photo.jpg")
-        Image.effect_mandelbrot((640, 480), (-2, -1, 1, 1), 50).save(file)
-        for what, name, target, *calls in measurements(teacher, images, file, steps):
+    with redirect_stdout(None):
+        for what, name, target, *calls in measurements(teacher, images, STEPS):
             rows.append({"what": what, "floor": name, "target": target,
                          **ratio(*calls, cfg.repeats, device)})
     record = {"environment": records.environment(device), "repeats": cfg.repeats, "rows": rows}

@@ -11,7 +11,6 @@ Use it
     python -m experiments.compare --preset headline --seeds 5 --out results/headline.json \\
         --common "--dataset camvid --data-root DIR --pool DIR --teacher T.pt --steps 2400"
     python -m experiments.compare --table results/scenes.json    # print the table of a record
-    python -m experiments.compare --table "results/camvid_length.json results/camvid_7200.json"
 """
 
 import json

@@ -40,11 +40,6 @@ def by_row(record):
     return rows
 
 
-def size_of(row):
-    """Return "50 files, 600 updates" of a row of a series, "" of any other row."""
-    return re.search(r"(, (\d+|all) (files|updates))*$", row).group().removeprefix(", ")
-
-
 def values(rows, expression, key="student_miou"):
     """Return one number per seed of "row" (%), "row - other" (points) or "row / other" (%).
 
@@ -71,35 +66,25 @@ def interval(numbers, sign="+"):
 
 # ---------------------------------------------------------------- tables
 
-def markdown(header, lines, columns=""):
-    """Return lines of cells as a Markdown table, without empty columns.
-
-    `columns` is a regular expression. It selects columns by title; the first one is always listed.
-    """
-    first, *others = zip(header, ["---"] * len(header), *lines, strict=True)
-    listed = [first, *(x for x in others if any(x[2:]) and re.search(columns, x[0]))]
+def markdown(header, lines):
+    """Return lines of cells as a Markdown table, without empty columns."""
+    columns = zip(header, ["---"] * len(header), *lines, strict=True)
+    listed = [column for column in columns if any(column[2:])]
     return "\n".join("| " + " | ".join(line) + " |" for line in zip(*listed, strict=True))
 
 
-def table(record, columns=""):
-    """Return a Markdown table with one line per row, averaged over seeds.
-
-    `columns` is a regular expression: only columns that match are listed.
-    """
+def table(record):
+    """Return a Markdown table with one line per row, averaged over seeds."""
     rows, lines = by_row(record), []
-    sizes = {row: size_of(row) for row in rows}
+    first = next(iter(rows))
     for row in rows:
-        first = next(other for other in rows if sizes[other] == sizes[row])
-        original = next((x for x in (f"{ORIGINAL}, {sizes[row]}", ORIGINAL) if x in rows), None)
-        averages = (values(rows, f"{row} / {original}") if original else [],
+        averages = (values(rows, f"{row} / {ORIGINAL}") if ORIGINAL in rows else [],
                     values(rows, row, "agreement_miou"))
         lines.append([f"{row} ({len(rows[row])})", interval(values(rows, row), ""),
                       interval(values(rows, f"{row} - {first}")) if row != first else "",
                       *(f"{mean(numbers):.0f}" if numbers else "" for numbers in averages)])
-    of_size = " of its size" if len(set(sizes.values())) > 1 else ""
-    header = ["row (seeds)", "mIoU, %", f"minus the first row{of_size}", "retention, %",
-              "agreement, %"]
-    return markdown(header, lines, columns)
+    header = ["row (seeds)", "mIoU, %", "minus the first row", "retention, %", "agreement, %"]
+    return markdown(header, lines)
 
 
 def teachers(paths, expressions, transposed=False):

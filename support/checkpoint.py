@@ -16,7 +16,6 @@ import hashlib
 import io
 import json
 import os
-import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -75,12 +74,9 @@ def load(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                 # the unpickler raises nearly anything on bad input
-        parts = str(zipfile.ZipFile(path).namelist()) if zipfile.is_zipfile(path) else ""
         kind = ("a folder" if Path(path).is_dir() else
                 "a file for the package safetensors" if isinstance(error, ImportError) else
-                "a TorchScript program" if "/constants.pkl" in parts else
-                "an exported program" if "/archive_format" in parts else
-                "damaged, or holds code, such as a whole network")
+                "damaged, or holds code (a whole network, a TorchScript or exported program)")
         raise ValueError(f"{path} is {kind} (nothing in it was run); expected a student.pt, a "
                          "teacher.pt or a state dict") from error
 

@@ -13,11 +13,10 @@ from torch.utils.data import DataLoader
 from bn_stats import METRICS
 from models import MODELS, build_model, freeze
 from priority import effective_sample_size, progressive_weights
-from support import checkpoint, checks, figures, images, networks, records
+from support import checkpoint, checks, figures, images, networks, options, records
 from support.data import Pool
 from support.labelled import DATASETS, Labels, check_labels, open_labelled
-from support.options import (Running, inputs, labels, method, output, pick_device, pick_workers,
-                             running)
+from support.options import Running, inputs, labels, method, output, running
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def load_teacher(cfg):
         H, W = model.image_size = DATASETS[cfg.dataset]
         print(f"the teacher does not say its image size: {H}x{W} is used; see --image-size")
     model.image_size = cfg.image_size or model.image_size
-    return freeze(model).to(pick_device(cfg.device), memory_format=torch.channels_last)
+    return freeze(model).to(options.pick_device(cfg.device), memory_format=torch.channels_last)
 
 
 def build_student(cfg, teacher):
@@ -101,7 +100,8 @@ def open_inputs(cfg, out=None):
         check_labels(labelled, teacher.class_names)   # a bad one is found before hours of training
         others = labelled.images
         # One by one: they differ in size.
-        held_out = DataLoader(labelled, num_workers=pick_workers(cfg.workers, teacher.mean.device))
+        held_out = DataLoader(labelled,
+                              num_workers=options.pick_workers(cfg.workers, teacher.mean.device))
     files, copies = images.drop_copies(files, others)
     if copies:
         print(f"warning: {len(copies)} images of the pool are left out: they are evaluated on")

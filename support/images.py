@@ -171,6 +171,5 @@ def drop_copies(files, others):
     sizes = {os.path.getsize(path) for path in known.values()}
     twins = {path: known.get(digest(path)) for path in files
              if os.path.isfile(path) and os.path.getsize(path) in sizes}
-    reasons = [f"{path}: the same image as {twin}, which is evaluated on"
-               for path, twin in twins.items() if twin]
+    reasons = [f"{path}: evaluated on, as {twin}" for path, twin in twins.items() if twin]
     return [path for path in files if not twins.get(path)], reasons

@@ -48,8 +48,7 @@ def load_file(spec):
         with torch.no_grad():
             K = model(torch.zeros(1, 3, *(model.image_size or (256, 256)))).shape[1]
     except Exception as error:                                   # of any kind: the code is not ours
-        message = f"{spec} failed: {type(error).__name__}: {error}"
-        raise ValueError(message.split("\n")[0]) from error
+        raise ValueError(f"{spec}: {type(error).__name__}: {error}".split("\n")[0]) from error
     model.name, model.num_classes = spec, K
     return with_names(model, model.class_names or [f"class {k}" for k in range(K)])
 

@@ -63,7 +63,7 @@ class Running(Options):
     seed: int = running(0, "seed of weights, crops, order and random selection")
     device: str = running("auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
     amp: str = running("auto", "mixed precision; auto: bfloat16 where the hardware has it",
-                       ("auto", "bfloat16", "float16", "off"))
+                       ("auto", "bfloat16", "off"))
     workers: int | None = running(None, "processes that load images (default: 4 with a GPU)")
     deterministic: bool = running(False, "the same result to the bit on a GPU, but slower")
     out: str | None = running(None, "folder of the run", metavar="FOLDER")
@@ -134,13 +134,6 @@ def set_deterministic():
     torch.use_deterministic_algorithms(True)
 
 
-def warn_if_busy():
-    """Print a line if other programs keep the cores busy: threads then wait for each other."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0            # not on Windows
-    if load > 0.75 * os.cpu_count() and torch.get_num_threads() > 1:
-        print(f"warning: busy machine (load {load:.1f}); OMP_NUM_THREADS=1 may be much faster")
-
-
 def pick_workers(workers, device):
     """Return the number of loading processes: by default enough to keep a GPU busy."""
     if workers is not None:
@@ -149,17 +142,15 @@ def pick_workers(workers, device):
 
 
 def pick_amp(name, device):
-    """Return the autocast dtype that "auto", "bfloat16", "float16" or "off" stands for, or None.
+    """Return torch.bfloat16 or None, the dtype of autocast, for "auto", "bfloat16" or "off".
 
     "auto" is bfloat16 where the hardware computes in it, which about doubles the speed.
     """
     native = (torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda"
               else torch.cpu.get_capabilities().get("avx512_bf16"))
     if name == "bfloat16" and device.type == "cuda" and not native:
-        raise ValueError("this GPU does not compute in bfloat16; use --amp float16 or --amp off")
-    if name == "auto":
-        name = "bfloat16" if native else "off"
-    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "off": None}[name]
+        raise ValueError("this GPU does not compute in bfloat16; use --amp off")
+    return torch.bfloat16 if name == "bfloat16" or name == "auto" and native else None
 
 
 def progress(iterable, name, **options):
@@ -176,16 +167,14 @@ CAUSES = {
     "not enough memory": "out of memory; lower --batch-size, --image-size or --views",
     "out of memory": "out of memory; lower --batch-size, --image-size or --views",
     "Too many open files": "too many open files; raise `ulimit -n`, or use fewer --workers",
-    "deterministic implementation": "a network cannot be computed so; leave out --deterministic",
-    "unexpected EOF": "a downloaded file is cut off; delete it from torch's cache and start again",
-    "invalid hash value": "a downloaded file is damaged; start again to fetch it anew"}
+    "deterministic implementation": "a network cannot be computed so; leave out --deterministic"}
 
 
 def explain(error):
     """Return one sentence for an error that a user can cause or overcome, else None."""
     causes = [advice for cause, advice in CAUSES.items() if cause in str(error)]
     if isinstance(error, KeyboardInterrupt):
-        sentence = "interrupted"
+        sentence = "interrupted; what is done is kept"
     elif causes and not isinstance(error, ValueError):
         # It strikes at any moment, also while a progress bar is drawn: begin a line.
         sentence = f"\nerror: {causes[0]}"

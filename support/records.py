@@ -22,7 +22,7 @@ import torch
 
 from support import checkpoint
 from support.images import read_csv
-from support.options import parse, pick_amp, set_deterministic, warn_if_busy
+from support.options import parse, pick_amp, set_deterministic
 
 # Options that say where or how a run is computed, not what it computes.
 NEUTRAL = {"out", "resume", "dry_run", "device", "workers", "download"}
@@ -76,7 +76,6 @@ def in_folder(run, config_class, argv, description):
         raise ValueError(f"{out} is not empty; choose another --out, or continue with --resume")
     else:
         checkpoint.save_json(asdict(cfg), config)
-    warn_if_busy()
     if cfg.deterministic:
         set_deterministic()
     try:
@@ -114,8 +113,7 @@ def write_selection(out, result):
 
 def by_name(names, values):
     """Return {name: value} for a tensor; JSON has no NaN: what is absent is None."""
-    return {name: None if math.isnan(value) else value
-            for name, value in zip(names, values.tolist(), strict=False)}
+    return {n: None if math.isnan(x) else x for n, x in zip(names, values.tolist(), strict=False)}
 
 
 # ---------------------------------------------------------------- what a number depends on

@@ -39,8 +39,7 @@ def score_file(teacher, layers, pool, cfg):
     on the code: whoever changes a distance gets new scores.
     """
     paths = [os.path.realpath(path) for path in pool.files]
-    stats = [(os.path.getsize(path), os.path.getmtime(path)) for path in paths
-             if os.path.exists(path)]                                    # else it has vanished
+    stats = [(s.st_size, s.st_mtime) for s in map(os.stat, filter(os.path.exists, paths))]
     root = Path(__file__).parents[1]
     code = [path.read_text() for path in sorted([*root.glob("*.py"), *root.glob("support/*.py")])]
     sampling = getattr(cfg, "sampling", "nearest")                       # absent in `main`
@@ -68,11 +67,7 @@ def cached_scores(score, pool, device, workers=None, path=None, rank=0, processe
     its score is not finite. Of several processes each scores every `processes`-th batch, and what
     others score is -inf here until they have. ValueError if most files cannot be used.
     """
-    stored = np.full(len(pool), MISSING, np.float32)
-    try:
-        stored = open_scores(path, len(pool)) if path else stored
-    except OSError as error:
-        print(f"warning: the scores are not kept for later runs ({error})")
+    stored = open_scores(path, len(pool)) if path else np.full(len(pool), MISSING, np.float32)
     batches = [range(i, min(i + BATCH, len(pool))) for i in range(0, len(pool), BATCH)]
     # A comparison with NaN is false: files that could not be read are tried again.
     todo = [batch for batch in batches[rank::processes] if not (stored[batch] > MISSING).all()]
@@ -111,12 +106,8 @@ def main(argv=None):
         open_scores(path, len(pool))
     while not path.exists():
         time.sleep(0.1)
-    try:
-        cached_scores(lambda images, _: image_distances(teacher, images, layers, cfg.metric), pool,
-                      teacher.mean.device, cfg.workers, path, rank, processes)
-    except KeyboardInterrupt as error:      # torchrun ends all processes as soon as one has died
-        error.add_note("the same command again scores only what is missing")
-        raise
+    cached_scores(lambda images, _: image_distances(teacher, images, layers, cfg.metric), pool,
+                  teacher.mean.device, cfg.workers, path, rank, processes)
     if rank == 0:
         print(f"scores: {path}; distill.py with the same options reads them")
 

@@ -13,7 +13,6 @@ Use it
     run.curve                                              # [(step, mean loss), ...]
 """
 
-import time
 from contextlib import closing
 
 import torch
@@ -22,9 +21,8 @@ from support import checkpoint, images, options, records
 from support.data import iterate
 
 CHECK_EVERY = 50          # steps between two checks of the loss; each check waits for the device
-SAVE_EVERY = 500          # steps between two resumable states, or after
-SAVE_SECONDS = 60         # this many seconds, whichever comes first
-PARTS = ("model", "optimizer", "scheduler", "scaler")     # of a state
+SAVE_EVERY = 250          # steps between two resumable states
+PARTS = ("model", "optimizer", "scheduler")               # of a state
 BAD = "{} became infinite or NaN at step {}; lower --lr, or use --amp off. Nothing bad was saved"
 
 
@@ -58,7 +56,6 @@ class Training:
         self.amp = options.pick_amp(cfg.amp, self.device)
         if self.amp or self.device.type == "cuda":
             model.to(memory_format=torch.channels_last)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
         self.done, self.curve, self.losses = 0, [], []           # losses: since the last check
         if self.path and self.path.exists():
             state = checkpoint.load(self.path)
@@ -76,7 +73,6 @@ class Training:
             checkpoint.save({
                 "about": self.about, "step": self.done, "curve": self.curve, "losses": self.losses,
                 **{name: getattr(self, name).state_dict() for name in PARTS}}, self.path)
-        self.saved = time.monotonic()
 
     def check_loss(self):
         """Return the mean loss since the last check; ValueError names a step that is not finite."""
@@ -115,7 +111,6 @@ class Training:
                     self.curve.append((self.done, self.check_loss()))
                     self.losses = []
                     bar.set_postfix(loss=f"{self.curve[-1][1]:.4f}", refresh=False)
-                overdue = time.monotonic() - self.saved > SAVE_SECONDS
-                if self.done % SAVE_EVERY == 0 or overdue or last:
+                if self.done % SAVE_EVERY == 0 or last:
                     self.save()
         self.model.eval()

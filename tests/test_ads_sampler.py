@@ -21,7 +21,7 @@ def test_scores_come_in_the_order_of_the_loader_without_gradient_whatever_the_ba
 def test_more_than_one_score_per_image_and_an_empty_pool_are_refused():
     with pytest.raises(ValueError, match="empty"):
         score_pool(lambda batch: batch, [])
-    with pytest.raises(ValueError, match=r"one score per image, \(B,\); got shape \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"must return \(B,\) scores; got \(2, 3\)"):
         score_pool(lambda batch: batch, [torch.rand(2, 3)])
 
 

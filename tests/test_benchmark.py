@@ -21,8 +21,10 @@ def test_calls_take_turns_and_the_ratio_is_taken_repetition_by_repetition(monkey
     assert result == {"median": 2, "quartiles": [1.5, 2.5], "seconds": [2, 4]}     # of 1, 2 and 3
 
 
-def test_a_quick_run_records_every_ratio_with_its_floor_and_target(tmp_path, capsys):
-    benchmark.main(f"--quick --repeats 2 --device cpu --out {tmp_path}".split())
+def test_a_run_records_every_ratio_with_its_floor_and_target(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "SIZE", (2, 3, 32, 48))
+    monkeypatch.setattr(benchmark, "STEPS", 5)
+    benchmark.main(f"--repeats 2 --device cpu --out {tmp_path}".split())
     record = json.loads((tmp_path / "benchmark_cpu.json").read_text())
     assert record["repeats"] == 2 and record["environment"]["torch"] == torch.__version__
     assert len(record["rows"]) == 2

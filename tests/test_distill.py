@@ -228,7 +228,7 @@ def test_photos_evaluated_on_and_unreadable_ones_are_left_out_and_named(world, t
     assert (metrics["pool_images"], metrics["skipped_images"]) == (39, 1)
     assert "warning: 1 images of the pool" in capsys.readouterr().out
     reasons = (tmp_path / "a/skipped.csv").read_text()
-    assert "sneaked in.png: the same image as" in reasons and "00.png: Unidentified" in reasons
+    assert "sneaked in.png: evaluated on, as" in reasons and "00.png: Unidentified" in reasons
     names = {Path(row[0]).name for row in chosen(tmp_path / "a")}
     assert len(names) == 39 and names.isdisjoint({"sneaked in.png", "00.png"})
 

@@ -72,8 +72,8 @@ def test_a_student_takes_the_teachers_names_and_size_but_from_a_file_not_its_nor
 
 
 @pytest.mark.parametrize(("function", "message"), [
-    ("unett", r"nets\.py:unett failed: NameError: there is no function 'unett'"),
-    ("broken", r"nets\.py:broken failed: KeyError: .*weights"),
+    ("unett", r"nets\.py:unett: NameError: there is no function 'unett'"),
+    ("broken", r"nets\.py:broken: KeyError: .*weights"),
     ("odd", r"nets\.py:odd has 3 classes, expected 2 \(road, sky\)")])
 def test_what_is_wrong_in_a_users_file_is_one_sentence(nets, function, message):
     with pytest.raises(ValueError, match=message) as caught:

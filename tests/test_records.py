@@ -81,7 +81,7 @@ def test_an_interrupted_run_says_how_to_resume_it(tmp_path, monkeypatch, capsys)
         return caught.value.code, capsys.readouterr().err
 
     command = "; resume with: python distill.py --resume --out runs/001\n"
-    assert said(KeyboardInterrupt()) == (130, f"interrupted{command}")
+    assert said(KeyboardInterrupt()) == (130, f"interrupted; what is done is kept{command}")
     assert said(OSError("disk full")) == (2, f"error: disk full{command}")
     assert said(torch.OutOfMemoryError("CUDA out of memory"))[1].endswith(command)
     assert said(FileNotFoundError("x")) == (2, "error: x\n")     # a typo is not resumed

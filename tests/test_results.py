@@ -62,16 +62,6 @@ def test_a_table_compares_rows_with_the_first_and_with_the_original_images():
     assert cells(table({"runs": runs("a", [1])}))[0] == ["row (seeds)", "mIoU, %"]
 
 
-def test_a_row_of_a_series_is_compared_within_its_size():
-    record = {"runs": runs("original images, 10 updates", [40, 50])
-              + runs("x, 50 files, 10 updates", [30, 40]) + runs("x, 10 updates", [30, 40])
-              + runs("original images, 20 updates", [50, 50]) + runs("x, 20 updates", [45, 45])}
-    header, _, *lines = cells(table(record, columns="minus|retention"))
-    assert header[1:] == ["minus the first row of its size", "retention, %"]
-    assert [line[1:] for line in lines] == [["", "100"], ["", ""], ["-10.0 ± 0.0", "78"],
-                                            ["", "100"], ["-5.0 ± 0.0", "90"]]
-
-
 def test_each_teacher_counts_once(tmp_path):
     paths = [tmp_path / "t0.json", tmp_path / "t1.json"]
     for path, *numbers in zip(paths, ([20, 22], [22, 24]), ([30, 34], [34, 38]), strict=True):
