@@ -15,7 +15,7 @@ Equation
     Any selection rule is a score, smallest first. The demo compares three:
     nearest      score = d(x), the distance                  ADS
     random       score = a random number per image           baseline
-    confidence   score = -(mean over pixels of the largest softmax probability)        baseline
+    confidence   score = 1 - mean over pixels of the largest softmax probability       baseline
 
 Paper
     DFSS (Sun & Wu, arXiv 2512.13175) selects the images of smallest d and ignores the teacher's
@@ -90,7 +90,7 @@ def demo():
     print(f"Worked example: images {selected.tolist()}, mean {x[selected].mean():.2f}\n")
 
     # Images are points in the plane. The training data lie around 0 with variance 1; the pool is
-    # wider and off-centre. The teacher separates left from right. Its confidence, sigmoid(|x|),
+    # wider and off-centre. The teacher separates left from right. Its confidence, sigmoid(|x_0|),
     # grows with the distance from the boundary.
     generator = torch.Generator().manual_seed(0)
     pool = 1.5 + 2 * torch.randn(3000, 2, generator=generator)         # (N, 2)

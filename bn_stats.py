@@ -8,7 +8,7 @@ Idea
     The BatchNorm layers of a trained network, the teacher, store mean and variance of each channel
     over the training data. An image with similar mean and variance resembles the training data.
 
-Equation
+Equation (symbols below)
     d(x) = sum over layers of one of
     l2   || mu(x) - mu_bn ||_2 + || var(x) - var_bn ||_2      channels with large values dominate
     kl   mean over channels of (v + (mu(x) - mu_bn)^2 / s2 - 1 - ln v) / 2     all count equally
@@ -73,7 +73,7 @@ def layer_eps(layer):
 def spatial_moments(features, centre):
     """Return mean and biased variance over the pixels: (B, C, H, W), (C,) -> (B, C), (B, C).
 
-    On a CPU, `centre` is subtracted first: E[f^2] - E[f]^2 loses digits if |mean| >> std.
+    On a CPU, `centre`, the running mean, goes first: E[f^2] - E[f]^2 loses digits if |mean| >> std.
     """
     if features.is_cuda:      # one pass; on an H200 1.6 times faster than the form below
         var, mean = torch.var_mean(features.float(), dim=(2, 3), correction=0)
@@ -144,13 +144,13 @@ def select_layers(layers, spec=None):
     """Return the part of {name: module} that `spec` names, in the same order.
 
     spec: a comma-separated string or a sequence of "all", "early", "middle", "late" (thirds),
-    indices, names and prefixes ("layer1": all below it); None: all. ValueError if one matches none.
+    indices, names, prefixes ("layer1": all below it); None: all. ValueError for a spec of no layer.
     """
     names, n, selected = list(layers), len(layers), set()
     a, b = round(n / 3), round(2 * n / 3)
     presets = {"all": names, "early": names[:a], "middle": names[a:b], "late": names[b:],
                **{str(i): [names[i]] for i in range(-n, n)}}
-    for item in spec.split(",") if isinstance(spec, str) else map(str, spec or ["all"]):
+    for item in map(str, spec.split(",") if isinstance(spec, str) else spec or ["all"]):
         matches = presets.get(item) or [k for k in names if f"{k}.".startswith(f"{item}.")]
         if not matches:
             raise ValueError(f"no BatchNorm layer matches {item!r}; expected all, early, middle, "
@@ -160,13 +160,13 @@ def select_layers(layers, spec=None):
 
 
 def image_distances(model, images, layers=None, metric="l2"):
-    """Return d(x) of each image, the sum over layers: (B, 3, H, W) -> (B,), without gradient.
+    """Return d(x) of each image, the sum over layers: (B, C, H, W) -> (B,), without gradient.
 
     images: as `model` expects them (not checked, but 0..255 gives a warning); ValueError unless
-    floats (B, 3, H, W). layers: as in `capture_bn_inputs`. The model stays as it is.
+    floats (B, C, H, W). layers: as in `capture_bn_inputs`. The model stays as it is.
     """
     if not torch.is_tensor(images) or images.dim() != 4 or not images.is_floating_point():
-        raise ValueError("expected floats (B, 3, H, W), normalised as in training (not bytes); got "
+        raise ValueError("expected floats (B, C, H, W), normalised as in training (not bytes); got "
                          f"{getattr(images, 'dtype', type(images))} {getattr(images, 'shape', '')}")
     if (images.abs() > 30).any():
         warnings.warn("values beyond 30 look like 0..255: divide by 255, normalise", stacklevel=2)

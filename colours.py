@@ -10,7 +10,7 @@ Idea
     the running statistics of this layer reveal the mean and contrast of the training images'
     colours. One 3x3 matrix and one offset per photo then give the photo this mean and contrast.
 
-Equation
+Equation (symbols below)
     response to a constant colour x, before the first BatchNorm layer:  A x + b
     mean        m* = argmin over m of || (A m + b - mu_bn) / s ||_2
     covariance  S* = v R,   v = median over the layer's channels c of var_bn_c / (a_c' R a_c)
@@ -24,7 +24,7 @@ Paper
 
 Symbols
     x, y colours in [0, 1].  m (3,), S (3, 3): mean and covariance of the colours of one image;
-    m*, S*: those of the training images;  v: variance of each of R, G and B;  R (3, 3): 1 on the
+    m*, S*: those of the training images;  v: variance of each channel of them;  R (3, 3): 1 on the
     diagonal, 0.95 elsewhere.  mu_bn, var_bn (C,): running mean and variance;  s = sqrt(var_bn).
     A (C, 3) with rows a_c, b (C,);  ' transposes.  B images, C channels, H W pixels.
 
@@ -60,7 +60,7 @@ def spd_power(matrices, exponent):
 def transfer(images, mean, cov, floor=1e-3):
     """Return per image the matrix T and the offset m* - T m: (B, 3, H, W) -> (B, 3, 4).
 
-    The image then has colour mean `mean` (3,) and covariance `cov` (3, 3); Pitie & Kokaram.
+    Applied to the image, they give it mean `mean` (3,) and covariance `cov` (3, 3).
     `floor` is added to both diagonals, so that the gain stays bounded for an image of one colour.
     """
     pixels = images.double().flatten(2)                                             # (B, 3, H*W)
@@ -104,8 +104,8 @@ def colour_target(response, mean_bn, var_bn, size):
     A = (outputs[1:] - outputs[0]).T / 0.2                                                  # (C, 3)
     s = var_bn.clamp_min(1e-12).sqrt()                # (C,); a dead channel has variance 0
 
-    # pinv, not lstsq: filters that see brightness alone determine only the brightness of the mean.
-    # With pinv the mean is then grey; with lstsq its hue would be amplified rounding errors.
+    # pinv, not lstsq: filters that see brightness alone leave the hue of the mean open. pinv then
+    # takes grey (the solution next to 0.5); with lstsq the hue is amplified rounding errors.
     inverse = torch.linalg.pinv((A / s[:, None]).double(), rtol=1e-5)                       # (3, C)
     mean = 0.5 + inverse @ ((mean_bn - outputs[0]) / s).double()                            # (3,)
 

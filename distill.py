@@ -38,12 +38,13 @@ from support.teacher_cache import TeacherCache, comparison_size, resize
 from support.training import Training, warmup_poly
 from train_teacher import builtin_teacher
 
-DEFAULTS = {"steps": 7200, "views": 24}
+DEFAULTS = {"steps": 7200, "views": 24}           # of options that are None; scenes have others
 
 
 def selection_score(teacher, layers, cfg, count):
-    """Return the score that cfg.sampling selects by, lower is better: a function of images
-    (B, 3, H, W) in [0, 1] and their pool indices (B,) -> (B,).
+    """Return the score of cfg.sampling, lower is better, as a function (images, index) -> (B,).
+
+    images: (B, 3, H, W) in [0, 1]. index: (B,), their indices in the pool. count: N.
     """
     if cfg.sampling == "random":
         drawn = torch.rand(count, generator=torch.Generator().manual_seed(cfg.seed))
@@ -70,20 +71,21 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     teacher, student: modules on one device, from RGB in [0, 1] to logits of the same classes (see
     `models.wrap`); the teacher is frozen for good, the student trained in place. pool: a folder or
     a list of files. size: (H, W). out: a folder for records; a second call with the same arguments
-    and initial weights resumes an interrupted run. Returns `result`, with "curve" if trained.
+    and initial weights resumes an interrupted run. Returns the dict `result` below and "curve".
     """
     cfg = with_defaults(cfg or Config(), **DEFAULTS)
     out = Path(out) if out else None
     teacher, student, timer = freeze(wrap(teacher)), wrap(student), records.Timer()
     device = next(teacher.parameters()).device
-    # With match_colours, all pool photos (nothing else) get the teacher's colours: see colours.py.
+    # match_colours: pool photos, for scoring and training, get the training images' colours.
     pool = open_pool(pool, teacher, size, cfg.match_colours)
 
     # 1. Read the teacher's BatchNorm statistics.
     layers = select_layers(bn_layers(teacher), cfg.layers)
-    check_inputs(teacher, student, layers, pool, cfg)                # rehearses a training step
+    check_inputs(teacher, student, layers, pool, cfg)       # tries a training step, with a copy
 
-    # 2. Score the pool, as score_pool of ads_sampler.py does; with `out`, scores are kept on disk.
+    # 2. Score the pool: score_pool of ads_sampler.py, but with unreadable files (in `skipped`),
+    #    and with `out`, scores are cached in a file below runs/scores, which all runs share.
     score = selection_score(teacher, layers, cfg, len(pool))
     cache_file = score_file(teacher, layers, pool, cfg) if out else None
     scores, skipped = cached_scores(score, pool, device, cfg.workers, cache_file)         # (N,)
@@ -108,15 +110,16 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     #    here, once. With 0, each step draws new views and runs the teacher.
     optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, weight_decay=0.01, fused=True)
     scheduler = warmup_poly(optimizer, cfg.steps)     # 50 steps up, then (1 - step/steps)^0.9
-    trainer = Training(student, optimizer, scheduler, cfg, out, about=(teacher, size))
+    trainer = Training(student, optimizer, scheduler, cfg, out, about=(teacher, size))   # resumes
     # The size of the student's logits; of the teacher's if the student's are below H/4 x W/4.
     logit_size = comparison_size(teacher, student, size)                                  # (h, w)
     teacher_pass = partial(compute_teacher_logits, teacher, trainer.autocast, logit_size, cfg)
-    views = Views(result["files"], size, cfg.seed, pool.transform)
+    views = Views(result["files"], size, cfg.seed, pool.transform)        # it matches the colours
     cache = TeacherCache(teacher_pass, views, cfg, device, out) if cfg.views else None
     weights = weights.to(device)
     batches = Batches(views, cfg.batch_size, cache)
-    # In shuffled epochs, step from 0, the student in training mode. index (B,): into `selected`.
+    # Steps count from 0, or from where a resumed run stopped. The student is in training mode.
+    # Each epoch has its own random order. index (B,): positions in `selected`.
     for step, images, index, teacher_logits in trainer.batches(batches):
         if teacher_logits is None:
             teacher_logits = teacher_pass(images)                                  # (B, K, h, w)
@@ -165,7 +168,7 @@ def run(cfg, out):
         cfg = with_defaults(cfg, data_root=root, pool=f"{root}/pool", teacher=file, steps=500,
                             views=8)
     cfg = with_defaults(cfg, **DEFAULTS)
-    teacher, files, held_out = command.open_inputs(cfg, out)
+    teacher, files, eval_data = command.open_inputs(cfg, out)
     timer("scenes and teacher")
     student = command.build_student(cfg, teacher)
     result = distill(teacher, student, files, teacher.image_size, cfg, out)
@@ -175,19 +178,19 @@ def run(cfg, out):
     print(f"5 distilled {cfg.steps} updates of {cfg.batch_size} images")
     results = {}
     if cfg.dataset != "none":
-        K = len(held_out.dataset.class_names)      # the teacher may have more classes
-        results["teacher"] = evaluate(teacher, held_out, K)
-        results["student"] = evaluate(student, held_out, K)
-    results["agreement"] = evaluate(student, held_out, teacher.num_classes, reference=teacher)
+        K = len(eval_data.dataset.class_names)      # the teacher may have more classes
+        results["teacher"] = evaluate(teacher, eval_data, K)
+        results["student"] = evaluate(student, eval_data, K)
+    results["agreement"] = evaluate(student, eval_data, teacher.num_classes, reference=teacher)
     print("6 evaluated\n" + report(results, teacher.class_names))
-    examples = figures.examples(held_out, {"Teacher": teacher, "Student": student}, predict)
+    examples = figures.examples(eval_data, {"Teacher": teacher, "Student": student}, predict)
     return command.save_report(cfg, out, teacher, result, results, examples, timer)
 
 
 def main(argv=None):
     """Run the method from the command line; return the metrics it prints."""
-    return records.in_folder(run, Config, argv, __doc__.split("\n")[0])
+    return records.in_folder(run, Config, argv, __doc__.split("\n")[0])      # calls run(cfg, out)
 
 
 if __name__ == "__main__":
-    one_sentence(main)()
+    one_sentence(main)()                          # errors of the user in a sentence, no traceback

@@ -11,13 +11,13 @@ Idea
     class ("where is it?").
 
 Equation
-    pixelwise    T^2 mean over pixels of sum over k of t log(t / s),  s, t = softmax_k(logits / T)
-    channelwise  T^2 mean over k of sum over pixels of t log(t / s),  s, t = softmax_hw(logits / T)
+    pixelwise    T^2 mean over pixels of sum over k of p log(p / q),  q, p = softmax_k(s, t / T)
+    channelwise  T^2 mean over k of sum over pixels of p log(p / q),  q, p = softmax_hw(s, t / T)
 
     Both logits must have the same shape; resize one of them beforehand. The loss of an image does
     not depend on the rest of its batch. pixelwise does not grow with the crop. channelwise can: if
-    the student's map of a class is constant, this class adds T^2 (ln(H W) - entropy of t) / K. In a
-    larger crop with the same object, ln(H W) grows, and the entropy hardly does.
+    the student's map of a class is constant, q = 1 / (H W), and the sum is ln(H W) - entropy of p.
+    In a larger crop with the same object, ln(H W) grows, and the entropy hardly does.
 
 Paper
     The KD loss of DFSS (Sun & Wu, arXiv 2512.13175) is not public; the sum of both is our default.
@@ -25,15 +25,15 @@ Paper
     2011.13256), here per image instead of averaged over the batch.
 
 Symbols
-    B images, K classes, H W pixels.  s, t: probabilities of student and teacher (in the code: their
-    logits).  T: temperature; above 1 it softens both and small probabilities count more.
+    B images, K classes, H W pixels.  s, t: logits of student and teacher;  q, p: their
+    probabilities.  T: temperature; above 1 it softens both and small probabilities count more.
 
 Worked example (K = 2 classes, 2x2 pixels, T = 1; the demo prints it, a test asserts it)
     teacher logits  class 0: ln 3 everywhere,  class 1: 0        -> 3/4 and 1/4 at each pixel
     student logits  class 0: 0 0 / 0 ln 9,     class 1: 0        -> 1/2, and 9/10 at the last pixel
     pixelwise   three pixels of 3/4 ln(3/2) + 1/4 ln(1/2) = 0.1308,
                 one of 3/4 ln(5/6) + 1/4 ln(5/2) = 0.0923         -> mean 0.1212
-    channelwise class 0: t = 1/4 each, s = 1/12 1/12 1/12 3/4:
+    channelwise class 0: p = 1/4 each, q = 1/12 1/12 1/12 3/4:
                 3/4 ln 3 + 1/4 ln(1/3) = 0.5493;  class 1: 0      -> mean 0.2747
 
 Use it

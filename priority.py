@@ -131,7 +131,7 @@ def demo():
         w = sample_weights(distances, method)
         sizes = [effective_sample_size(progressive_weights(w, p)) for p in (0, 0.25, 0.5, 0.75, 1)]
         print(f"{name:32s}" + "".join(f"{size:6.0f}" for size in sizes))
-    print("Caveat: one far image makes min-max weights nearly equal from the start (399 of 401).")
+    print("Caveat: one far image makes min-max weights nearly equal at once (ESS 399 of 401).")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a command line needs besides the method: open the inputs, report and save the outcome.
 
 Use it
-    teacher, files, held_out = open_inputs(cfg, out)            # see distill.run
+    teacher, files, eval_data = open_inputs(cfg, out)            # see distill.run
 """
 
 from dataclasses import asdict, dataclass
@@ -75,9 +75,9 @@ def build_student(cfg, teacher):
 
 
 def open_inputs(cfg, out=None):
-    """Return (teacher, pool files, held_out) for the options.
+    """Return (teacher, pool files, eval_data) for the options.
 
-    held_out: what to evaluate on, a DataLoader of (images, labels), or, without labels, a list of
+    eval_data: what to evaluate on, a DataLoader of (images, labels), or, without labels, a list of
     (images, None) held out from the pool. Copies of these images in the pool are left out, and
     named in out/skipped.csv.
     """
@@ -91,8 +91,8 @@ def open_inputs(cfg, out=None):
     size = teacher.image_size
     if cfg.dataset == "none":
         files, others = images.hold_out(files)
-        held_out = [(x, None) for _, x, readable in DataLoader(Pool(others, size)) if readable]
-        if not held_out:
+        eval_data = [(x, None) for _, x, readable in DataLoader(Pool(others, size)) if readable]
+        if not eval_data:
             raise ValueError(f"no image held out for agreement can be read, such as {others[0]}")
     else:
         labelled = open_labelled(cfg.dataset, cfg.data_root, cfg.split, size,
@@ -100,14 +100,14 @@ def open_inputs(cfg, out=None):
         check_labels(labelled, teacher.class_names)   # a bad one is found before hours of training
         others = labelled.images
         # One by one: they differ in size.
-        held_out = DataLoader(labelled,
+        eval_data = DataLoader(labelled,
                               num_workers=options.pick_workers(cfg.workers, teacher.mean.device))
     files, copies = images.drop_copies(files, others)
     if copies:
         print(f"warning: {len(copies)} images of the pool are left out: they are evaluated on")
     if out:
         records.write_csv(out / "skipped.csv", ("reason",), [[reason] for reason in copies])
-    return teacher, files, held_out
+    return teacher, files, eval_data
 
 
 def record_selection(result, cfg, out):
@@ -158,8 +158,8 @@ def save_report(cfg, out, teacher, result, results, examples, timer):
     checkpoint.save_json(metrics, out / "metrics.json")   # last: with it, a run counts as finished
     (out / "state.pt").unlink(missing_ok=True)
     times = ", ".join(f"{name} {t:.0f} s" for name, t in metrics["stage_seconds"].items())
-    summary = ("\n{pool_images} pool images scored, {selected_images} selected, {seen_images} used "
-               "in {updates} updates\n{times}\nrecord and figure: {out}\n")
+    summary = ("\n{pool_images} pool images scored, {selected_images} selected, {seen_images} of them "
+               "seen in {updates} updates\n{times}\nrecord and figure: {out}\n")
     if cfg.dataset != "none":
         summary += "student mIoU {student_miou:.1%}, teacher {teacher_miou:.1%}, "
     summary += "agreement with the teacher {agreement_miou:.1%} (pixels {agreement_pixels:.1%})"

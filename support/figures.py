@@ -90,13 +90,13 @@ def pool_figure(result, size, sampling, path):
 
 
 @torch.inference_mode()
-def examples(held_out, models, predict):
+def examples(eval_data, models, predict):
     """Return {"Input": [RGB array, ...], "Truth": [classes (H, W), ...], a name of models: ...}.
 
-    held_out: a DataLoader of (images, labels), or a list of (images, None); five are drawn, evenly
+    eval_data: a DataLoader of (images, labels), or a list of (images, None); five are drawn, evenly
     spread. predict: from model, images, size to classes (B, h, w).
     """
-    items = getattr(held_out, "dataset", held_out)
+    items = getattr(eval_data, "dataset", eval_data)
     rows = {name: [] for name in ("Input", "Truth", *models)}
     for i in np.unique(np.linspace(0, len(items) - 1, 7).astype(int)[1:-1]):
         image, target = items[i]

@@ -178,7 +178,7 @@ def test_each_pass_starts_from_empty_and_no_hook_stays_after_an_error():
 @pytest.mark.parametrize(("images", "how", "message"), [
     (torch.zeros(1, 3, 20, 20), {"metric": "cosine"}, "a metric out of .*'cosine'"),
     (torch.zeros(1, 3, 20, 20), {"layers": "never"}, "got 'l2' and 0 layers"),
-    *((images, {}, r"expected .*\(B, 3, H, W\).*normalised.*" + got) for images, got in (
+    *((images, {}, r"expected .*\(B, C, H, W\).*normalised.*" + got) for images, got in (
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), r"torch.uint8 .*\[1, 3, 8, 8\]"),
         (torch.zeros(3, 8, 8), r"torch.float32 .*\[3, 8, 8\]"),
         (torch.zeros(1, 3, 8, 8).numpy(), r"float32 \(1, 3, 8, 8\)"), ([1], "list")))])
