@@ -158,8 +158,8 @@ def save_report(cfg, out, teacher, result, results, examples, timer):
     checkpoint.save_json(metrics, out / "metrics.json")   # last: with it, a run counts as finished
     (out / "state.pt").unlink(missing_ok=True)
     times = ", ".join(f"{name} {t:.0f} s" for name, t in metrics["stage_seconds"].items())
-    summary = ("\n{pool_images} pool images scored, {selected_images} selected, {seen_images} of them "
-               "seen in {updates} updates\n{times}\nrecord and figure: {out}\n")
+    summary = ("\n{pool_images} pool images scored, {selected_images} selected, {seen_images} of "
+               "them seen in {updates} updates\n{times}\nrecord and figure: {out}\n")
     if cfg.dataset != "none":
         summary += "student mIoU {student_miou:.1%}, teacher {teacher_miou:.1%}, "
     summary += "agreement with the teacher {agreement_miou:.1%} (pixels {agreement_pixels:.1%})"
