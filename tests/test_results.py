@@ -177,7 +177,8 @@ def test_synthetic_images_cost_as_many_times_as_the_page_says():
     assert f"{synthetic / (nearest + scoring):.0f} times the CPU time" in PROSE
 
 
-README_COLUMNS = (("test_seed0", "test_seed1", "test_seed2"), ("gpu/camvid_full",), ("facades",))
+README_COLUMNS = (("test_seed0", "test_seed1", "test_seed2"), ("test_espnet",),
+                  ("gpu/camvid_full",), ("facades",))
 README_ROWS = {"random": "random", "nearest (ADS)": "nearest (ADS)",
                "nearest with WDPD (DFSS)": "nearest, progressive weights (DFSS)",
                "recipe (ours)": "recipe", "original images": ORIGINAL}
