@@ -38,7 +38,7 @@ from support.teacher_cache import TeacherCache, comparison_size, resize
 from support.training import Training, warmup_poly
 from train_teacher import builtin_teacher
 
-DEFAULTS = {"steps": 7200, "views": 24}           # of options that are None; scenes have others
+DEFAULTS = {"steps": 7200, "views": 24}           # where an option is None; scenes differ
 
 
 def selection_score(teacher, layers, cfg, count):
@@ -77,15 +77,15 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     out = Path(out) if out else None
     teacher, student, timer = freeze(wrap(teacher)), wrap(student), records.Timer()
     device = next(teacher.parameters()).device
-    # match_colours: pool photos, for scoring and training, get the training images' colours.
+    # match_colours: pool photos get, for scoring and training, the colours that BatchNorm shows.
     pool = open_pool(pool, teacher, size, cfg.match_colours)
 
     # 1. Read the teacher's BatchNorm statistics.
     layers = select_layers(bn_layers(teacher), cfg.layers)
     check_inputs(teacher, student, layers, pool, cfg)       # tries a training step, with a copy
 
-    # 2. Score the pool: score_pool of ads_sampler.py, but with unreadable files (in `skipped`),
-    #    and with `out`, scores are cached in a file below runs/scores, which all runs share.
+    # 2. Score the pool, like score_pool of ads_sampler.py. Unreadable files go to `skipped`. With
+    #    `out`, scores are cached in a file below runs/scores, which all runs share.
     score = selection_score(teacher, layers, cfg, len(pool))
     cache_file = score_file(teacher, layers, pool, cfg) if out else None
     scores, skipped = cached_scores(score, pool, device, cfg.workers, cache_file)         # (N,)
@@ -110,11 +110,11 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     #    here, once. With 0, each step draws new views and runs the teacher.
     optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, weight_decay=0.01, fused=True)
     scheduler = warmup_poly(optimizer, cfg.steps)     # 50 steps up, then (1 - step/steps)^0.9
-    trainer = Training(student, optimizer, scheduler, cfg, out, about=(teacher, size))   # resumes
+    trainer = Training(student, optimizer, scheduler, cfg, out, about=(teacher, size))
     # The size of the student's logits; of the teacher's if the student's are below H/4 x W/4.
     logit_size = comparison_size(teacher, student, size)                                  # (h, w)
     teacher_pass = partial(compute_teacher_logits, teacher, trainer.autocast, logit_size, cfg)
-    views = Views(result["files"], size, cfg.seed, pool.transform)        # it matches the colours
+    views = Views(result["files"], size, cfg.seed, pool.transform)      # with matched colours, if any
     cache = TeacherCache(teacher_pass, views, cfg, device, out) if cfg.views else None
     weights = weights.to(device)
     batches = Batches(views, cfg.batch_size, cache)
