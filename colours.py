@@ -24,7 +24,7 @@ Paper
 
 Symbols
     x, y colours in [0, 1].  m (3,), S (3, 3): mean and covariance of the colours of one image;
-    m*, S*: those of the training images;  v: variance of each channel of them;  R (3, 3): 1 on the
+    m*, S*: those of the training images;  v: their variance per colour;  R (3, 3): 1 on the
     diagonal, 0.95 elsewhere.  mu_bn, var_bn (C,): running mean and variance;  s = sqrt(var_bn).
     A (C, 3) with rows a_c, b (C,);  ' transposes.  B images, C channels, H W pixels.
 
@@ -93,7 +93,7 @@ def colour_target(response, mean_bn, var_bn, size):
 
     response: maps images (n, 3, H, W) in [0, 1] to the spatial mean (n, C) of the input of the
     network's first BatchNorm layer. Only linear filters may lie in between.
-    mean_bn, var_bn: the layer's running mean and variance, (C,). size: (H, W) of these images.
+    mean_bn, var_bn: the layer's running mean and variance, (C,). size: (H, W) for `response`.
     Exact for 1x1 filters and a covariance of the form v R. Approximate for larger filters: the
     neighbourhood that they see is taken to have one colour. ValueError for a response that is the
     same for all colours.
@@ -111,7 +111,7 @@ def colour_target(response, mean_bn, var_bn, size):
 
     R = (0.05 * torch.eye(3) + 0.95).to(A)
     unit_var = ((A @ R) * A).sum(dim=1)               # (C,): variance of the response if v = 1
-    alive = unit_var > 1e-8 * unit_var.max()          # below: rounding errors of a dead channel
+    alive = unit_var > 1e-8 * unit_var.max()          # else: rounding errors of a dead channel
     if not alive.any():
         raise ValueError("response is the same for all colours; return what enters BatchNorm")
     # Median: a filter that detects edges has a large var_bn at a small response to brightness.

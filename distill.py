@@ -114,7 +114,7 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     # The size of the student's logits; of the teacher's if the student's are below H/4 x W/4.
     logit_size = comparison_size(teacher, student, size)                                  # (h, w)
     teacher_pass = partial(compute_teacher_logits, teacher, trainer.autocast, logit_size, cfg)
-    views = Views(result["files"], size, cfg.seed, pool.transform)          # colours matched, if so
+    views = Views(result["files"], size, cfg.seed, pool.transform)          # see match_colours
     cache = TeacherCache(teacher_pass, views, cfg, device, out) if cfg.views else None
     weights = weights.to(device)
     batches = Batches(views, cfg.batch_size, cache)

@@ -11,8 +11,8 @@ Idea
     class ("where is it?").
 
 Equation
-    pixelwise    T^2 mean over pixels of sum over k of p log(p / q),  q, p = softmax_k(s, t / T)
-    channelwise  T^2 mean over k of sum over pixels of p log(p / q),  q, p = softmax_hw(s, t / T)
+    pixelwise    T^2 mean over pixels of sum over k of p log(p / q),  q, p = softmax_k(s/T, t/T)
+    channelwise  T^2 mean over k of sum over pixels of p log(p / q),  q, p = softmax_hw(s/T, t/T)
 
     Both logits must have the same shape; resize one of them beforehand. The loss of an image does
     not depend on the rest of its batch. pixelwise does not grow with the crop. channelwise can: if
