@@ -94,10 +94,9 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     selected = sample(scores, cfg.budget or len(pool) - len(skipped))                # (budget,)
 
     # 4. Weight them (WDPD): the best score 1, the worst 0. Random scores mean nothing: all get 1.
+    weights = sample_weights(scores[selected], cfg.weighting)                        # (budget,)
     if cfg.sampling == "random":
-        weights = torch.ones(len(selected))                                          # (budget,)
-    else:
-        weights = sample_weights(scores[selected], cfg.weighting)                    # (budget,)
+        weights = torch.ones_like(weights)
     timer("scoring")
     result = {"files": [pool.files[i] for i in selected.tolist()], "selected": selected,
               "distances": scores[selected], "weights": weights, "pool": pool, "scores": scores,
@@ -118,8 +117,7 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     cache = TeacherCache(teacher_pass, views, cfg, device, out) if cfg.views else None
     weights = weights.to(device)
     batches = Batches(views, cfg.batch_size, cache)
-    # Steps count from 0, or from where a resumed run stopped. The student is in training mode.
-    # Each epoch has its own random order. index (B,): positions in `selected`.
+    # Each epoch in its own random order; a resumed run continues. index (B,): into `selected`.
     for step, images, index, teacher_logits in trainer.batches(batches):
         if teacher_logits is None:
             teacher_logits = teacher_pass(images)                                  # (B, K, h, w)

@@ -99,9 +99,8 @@ def open_inputs(cfg, out=None):
                                  cfg.num_classes or teacher.num_classes, cfg.download)
         check_labels(labelled, teacher.class_names)   # a bad one is found before hours of training
         others = labelled.images
-        # One by one: they differ in size.
-        eval_data = DataLoader(labelled,
-                              num_workers=options.pick_workers(cfg.workers, teacher.mean.device))
+        workers = options.pick_workers(cfg.workers, teacher.mean.device)
+        eval_data = DataLoader(labelled, num_workers=workers)      # one by one: they differ in size
     files, copies = images.drop_copies(files, others)
     if copies:
         print(f"warning: {len(copies)} images of the pool are left out: they are evaluated on")
