@@ -192,8 +192,8 @@ def demo():
             ("blank image of average brightness", layer, train[:1] * 0)):
         row = [f"{m} {image_distances(network, images, None, m).median():6.3f}" for m in METRICS]
         print(f"{name:40s}" + "    ".join(row))
-    print("Caveat: running_var also holds the variance between images, which one image lacks.\n"
-          "Under l2, a blank image is therefore as near as a training image. Under kl it is far.")
+    print("Caveat: a training image is not at 0, since its means differ from the running means.\n"
+          "Under l2, a blank image of average brightness is as near as that. Under kl it is far.")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from support.teacher_cache import TeacherCache, comparison_size, resize
 from support.training import Training, warmup_poly
 from train_teacher import builtin_teacher
 
-DEFAULTS = {"steps": 7200, "views": 24}           # where an option is None; scenes differ
+DEFAULTS = {"steps": 7200, "views": 24}        # of options that are None; drawn scenes: see run
 
 
 def selection_score(teacher, layers, cfg, count):
@@ -74,18 +74,18 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     and initial weights resumes an interrupted run. Returns the dict `result` below and "curve".
     """
     cfg = with_defaults(cfg or Config(), **DEFAULTS)
-    out = Path(out) if out else None
-    teacher, student, timer = freeze(wrap(teacher)), wrap(student), records.Timer()
+    out, timer = Path(out) if out else None, records.Timer()
+    teacher, student = freeze(wrap(teacher)), wrap(student)
     device = next(teacher.parameters()).device
-    # match_colours: pool photos get, for scoring and training, the colours that BatchNorm shows.
+    # match_colours: scoring and training see each photo in the colours of the teacher's data.
     pool = open_pool(pool, teacher, size, cfg.match_colours)
 
     # 1. Read the teacher's BatchNorm statistics.
     layers = select_layers(bn_layers(teacher), cfg.layers)
     check_inputs(teacher, student, layers, pool, cfg)       # tries a training step, with a copy
 
-    # 2. Score the pool, like score_pool of ads_sampler.py. Unreadable files go to `skipped`. With
-    #    `out`, scores are cached in a file below runs/scores, which all runs share.
+    # 2. Score the pool, like score_pool of ads_sampler.py. skipped: unreadable files. With `out`,
+    #    scores are cached in a file below runs/scores, which all runs share.
     score = selection_score(teacher, layers, cfg, len(pool))
     cache_file = score_file(teacher, layers, pool, cfg) if out else None
     scores, skipped = cached_scores(score, pool, device, cfg.workers, cache_file)         # (N,)
@@ -109,15 +109,16 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     #    here, once. With 0, each step draws new views and runs the teacher.
     optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, weight_decay=0.01, fused=True)
     scheduler = warmup_poly(optimizer, cfg.steps)     # 50 steps up, then (1 - step/steps)^0.9
-    trainer = Training(student, optimizer, scheduler, cfg, out, about=(teacher, size))
+    trainer = Training(student, optimizer, scheduler, cfg, out, resume_with=(teacher, size))
     # The size of the student's logits; of the teacher's if the student's are below H/4 x W/4.
     logit_size = comparison_size(teacher, student, size)                                  # (h, w)
     teacher_pass = partial(compute_teacher_logits, teacher, trainer.autocast, logit_size, cfg)
-    views = Views(result["files"], size, cfg.seed, pool.transform)          # see match_colours
+    views = Views(result["files"], size, cfg.seed, pool.transform)    # transform: match_colours
     cache = TeacherCache(teacher_pass, views, cfg, device, out) if cfg.views else None
     weights = weights.to(device)
     batches = Batches(views, cfg.batch_size, cache)
-    # Each epoch in its own random order; a resumed run continues. index (B,): into `selected`.
+    # Each epoch has every selected photo once, with its next view, in a new random order. step
+    # starts where a resumed run stopped. index (B,): into `selected`.
     for step, images, index, teacher_logits in trainer.batches(batches):
         if teacher_logits is None:
             teacher_logits = teacher_pass(images)                                  # (B, K, h, w)

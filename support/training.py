@@ -39,16 +39,16 @@ class Training:
     """The state of a training run, in memory and on disk.
 
     cfg: has steps, seed, amp and workers. out: the folder of the run; if it holds a state.pt,
-    training resumes from it. about: networks and values that tell this run from others, besides
-    cfg and the model's initial weights; a state of another run is refused.
+    training resumes from it. resume_with: networks and values that, besides cfg and the model's
+    initial weights, must be the same as in the run that saved the state, or it is refused.
     """
 
-    def __init__(self, model, optimizer, scheduler, cfg, out=None, about=()):
+    def __init__(self, model, optimizer, scheduler, cfg, out=None, resume_with=()):
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.cfg, self.path = cfg, out / "state.pt" if out else None
         self.about = [records.digest(cfg)] + [
             checkpoint.fingerprint(x) if isinstance(x, torch.nn.Module) else str(x)
-            for x in (model, *about)]
+            for x in (model, *resume_with)]
         self.device = next(model.parameters()).device
         # Channels-last is the faster layout in mixed precision. In float32 on a CPU it gains
         # nothing, and torch 2.14.1 corrupts memory there in the backward pass of a strided 1x1
