@@ -110,7 +110,7 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, weight_decay=0.01, fused=True)
     scheduler = warmup_poly(optimizer, cfg.steps)     # 50 steps up, then (1 - step/steps)^0.9
     trainer = Training(student, optimizer, scheduler, cfg, out, resume_with=(teacher, size))
-    # The size of the student's logits; of the teacher's if the student's are below H/4 x W/4.
+    # The size of the student's logits, but at least the teacher's or H/4 x W/4 (the smaller).
     logit_size = comparison_size(teacher, student, size)                                  # (h, w)
     teacher_pass = partial(compute_teacher_logits, teacher, trainer.autocast, logit_size, cfg)
     views = Views(result["files"], size, cfg.seed, pool.transform)    # transform: match_colours
@@ -162,7 +162,8 @@ class Config(command.Inputs):     # with teacher, pool, metric, layers, match_co
 def run(cfg, out):
     """Run the method as the options say, in the folder `out`; return the metrics it prints."""
     timer = records.Timer()
-    if cfg.dataset == "scenes" and not (cfg.data_root or cfg.pool or cfg.teacher):
+    inputs_named = cfg.data_root or cfg.pool or cfg.teacher or cfg.teacher_model
+    if cfg.dataset == "scenes" and not inputs_named:
         root, file = builtin_teacher(cfg.image_size, cfg.device, cfg.amp)
         cfg = with_defaults(cfg, data_root=root, pool=f"{root}/pool", teacher=file, steps=500,
                             views=8)

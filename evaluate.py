@@ -78,7 +78,8 @@ def evaluate(model, loader, num_classes, reference=None, device=None, ignore_ind
     """
     device, K = device or next(model.parameters()).device, num_classes
     model.eval()                            # a pass in training mode would change its statistics
-    matrix = torch.zeros(K + 1, K + 1, dtype=torch.int64, device=device)     # K: no class
+    # Row and column K: all outputs beyond the K classes.
+    matrix = torch.zeros(K + 1, K + 1, dtype=torch.int64, device=device)
     for images, targets in loader:
         images = images.to(device)
         images = images.float() / 255 if images.dtype == torch.uint8 else images
@@ -95,7 +96,7 @@ def evaluate(model, loader, num_classes, reference=None, device=None, ignore_ind
     matrix = matrix.cpu()
     iou = mean_iou(matrix)[1][:K]
     return {"miou": iou.nanmean().item(), "iou": iou, "matrix": matrix[:K, :K],
-            "pixel_accuracy": matrix.diagonal().sum().item() / max(matrix.sum().item(), 1)}
+            "pixel_accuracy": matrix.diagonal()[:K].sum().item() / max(matrix.sum().item(), 1)}
 
 
 def report(results, class_names):

@@ -17,13 +17,9 @@ Use it
     teacher = freeze(build_model("deeplabv3_resnet50", 21, weights="DEFAULT"))
     logits = teacher(images)                            # (B, 3, H, W) in [0, 1] -> (B, K, h, w)
     mine = wrap(network, mean=IMAGENET_MEAN, std=IMAGENET_STD, multiple=32)
-
-Run it
-    python models.py            (CPU, seconds: the names and the numbers of parameters)
 """
 
 import types
-from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -95,11 +91,11 @@ def mobilenet_v2_features(weights):
     features[14].conv[1][0].stride = (1, 1)                     # its 3x3; it went from 16 to 32
     for block in features[15:]:
         block.conv[1][0].dilation = block.conv[1][0].padding = (2, 2)
-    return nn.Sequential(OrderedDict(features=features))        # the name in checkpoints
+    return features
 
 
 class AtOwnStride(nn.Module):
-    """A torchvision segmentation network without its last step, which resizes the logits."""
+    """A torchvision segmentation network without its auxiliary head and the final resizing."""
 
     def __init__(self, net):
         super().__init__()
@@ -128,15 +124,25 @@ class SegmentationModel(nn.Module):
                              "divide values for images in 0..255 by 255")
         self.net, self.name, self.multiple = net, name, multiple
         self.num_classes = 2 if num_classes == 1 else num_classes
-        self.class_names = list(class_names or (f"class {k}" for k in range(self.num_classes)))
+        self.with_names(class_names or [f"class {k}" for k in range(self.num_classes)])
         self.image_size = tuple(image_size) if image_size else None
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+
+    def with_names(self, class_names):
+        """Name the classes, and return the model; ValueError if they are another number, or > 255.
+        """
+        if len(class_names) != self.num_classes or self.num_classes > 255:
+            raise ValueError(f"{self.name} has {self.num_classes} classes, expected "
+                             f"{len(class_names)} ({', '.join(class_names):.300}), at most 255")
+        self.class_names = list(class_names)
+        return self
 
     def forward(self, images):
         x, m = (images - self.mean) / self.std, self.multiple
         H, W = x.shape[-2:]
         right, below = (m - W % m) % m, (m - H % m) % m
+        # An exported program always pads, perhaps by 0: its sizes are not known yet.
         padded = m > 1 and (torch.compiler.is_exporting() or right > 0 or below > 0)
         if padded:
             x = F.pad(x, (0, right, 0, below), mode="replicate")
@@ -159,9 +165,10 @@ def wrap(network, num_classes=0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), clas
          image_size=None, multiple=None):
     """Return any segmentation network as a SegmentationModel (one that is, unchanged).
 
-    Weights are shared, not copied; torchvision's networks lose the resizing at their end. mean,
-    std: what it expects of its input; by default it takes RGB in [0, 1]. num_classes: needed for
-    scores, not for masks or distilling. The rest: by default the network's attributes.
+    Weights are shared, not copied; torchvision's networks lose the resizing at their end and their
+    auxiliary head. mean, std: what it expects of its input; by default it takes RGB in [0, 1].
+    num_classes: needed for scores, not for masks or distilling. The rest: by default the network's
+    attributes.
     """
     if isinstance(network, SegmentationModel):
         return network
@@ -177,11 +184,11 @@ def build_model(name, num_classes=None, weights=None, weights_backbone=None, **m
 
     name: one of MODELS. num_classes: K. weights: "DEFAULT" for torchvision's published segmentation
     weights, with their classes and normalisation; weights_backbone: "DEFAULT" for those of an
-    ImageNet backbone. Both download. more: mean, std, class_names, image_size; with published
-    weights, only image_size. Raises ValueError.
+    ImageNet backbone. Both download. more: mean, std, class_names, image_size; of these, published
+    weights only take image_size. Raises ValueError.
     """
     if name not in MODELS:
-        raise ValueError(f"model {name!r} is unknown; expected {SPECS}")
+        raise ValueError(f"model {name!r} is unknown; expected one of {', '.join(MODELS)}")
     if name in SMALL and weights_backbone is not None:
         raise ValueError(f"there are no published backbone weights for {name}")
     if weights is not None:
@@ -215,9 +222,3 @@ def freeze(model):
     for module in model.modules():
         module.train = types.MethodType(lambda self, mode=True: self, module)
     return model
-
-
-if __name__ == "__main__":
-    for name in MODELS:
-        count = sum(p.numel() for p in build_model(name, 11).parameters())
-        print(f"{name:32s}{count / 1e6:8.2f} M parameters")

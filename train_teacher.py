@@ -68,7 +68,7 @@ def train_teacher(cfg, out):
     """Train as `cfg` says, write teacher.pt to the folder `out`; return its metrics."""
     size = cfg.image_size or DATASETS[cfg.dataset]
     parts = [open_labelled(cfg.dataset, cfg.data_root, split, size, cfg.num_classes, cfg.download)
-             for split in (cfg.split, cfg.eval_split) if split]
+             for split in [cfg.split, *filter(None, [cfg.eval_split])]]
     for data in parts:
         check_labels(data)                         # a bad label is found before training
     data, held_out = parts[0], parts[-1]

@@ -10,7 +10,7 @@ Equation
     k-centre  next = argmax over i of (min over j in S of || f_i - f_j ||);  the first is the image
               nearest to the mean of all f
     herding   next = argmin over i of d(S + {i}),  d as in bn_stats.py, of the statistics of all
-              pixels of the set: mean over S of mu, and mean over S of (var + mu^2) minus its square
+              pixels of the set: m = mean over S of mu, and mean over S of (var + mu^2) - m^2
 
 Paper
     k-centre: Sener & Savarese, arXiv 1708.00489. Herding: Welling, ICML 2009, there with a linear
@@ -39,8 +39,7 @@ from support.options import one_sentence, option
 
 def mean_entropy(logits):
     """Return the entropy of the class probabilities, averaged over pixels: (B, K, h, w) -> (B,)."""
-    log_p = logits.float().log_softmax(dim=1)                                  # (B, K, h, w)
-    return -(log_p.exp() * log_p).sum(dim=1).mean(dim=(1, 2))
+    return torch.special.entr(logits.float().softmax(dim=1)).sum(dim=1).mean(dim=(1, 2))
 
 
 def k_centre(features, budget):
@@ -98,6 +97,7 @@ def select(cfg, out):
         return -mean_entropy(logits)
 
     scores, _ = scoring.cached_scores(score, pool, teacher.mean.device, cfg.workers)   # (N,)
+    # selected: by entropy. ValueError, for every method, if the budget is too large.
     selected, usable = sample(scores, cfg.budget), scores.isfinite().nonzero().squeeze(1)
     captured = {name: torch.cat(parts, dim=1)[:, usable] for name, parts in rows.items()}
     if cfg.method == "k-centre":

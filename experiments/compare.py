@@ -18,8 +18,8 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
-from itertools import pairwise, product
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import distill
@@ -33,13 +33,13 @@ ROWS = Path(__file__).with_name("rows.csv")
 @dataclass(frozen=True)
 class Config(Options):
     preset: str = option("scenes", "rows of the table: a preset of experiments/rows.csv")
-    rows: str = option("", "only rows in which this regular expression is found")
+    rows: str = option("", "only rows whose name contains these words")
     common: str = option("", "options of distill.py that all rows share, in quotes")
     original: str = option("", "the teacher's training images (default: train of --data-root)")
     seeds: int = option(3, "number of seeds, from 0 on", min=1)
     runs: str = option("", "folder of the single runs (default: named after --out)")
     out: str = option("results/compare.json", "the record (JSON)")
-    table: str = option("", "instead: print the table of these records, in quotes")
+    table: str = option("", "instead: print the table of this record", metavar="FILE")
 
 
 def read_preset(preset):
@@ -52,17 +52,17 @@ def read_preset(preset):
 def choose_rows(cfg, runs):
     """Return {row: options of distill.py, common ones first}, with paths for the words in braces.
 
-    {pool}: the common --pool ({pool}-25: a copy with 25 of its street views). {original}: the
+    {pool}: the common --pool ({pool}-0: a copy without its street views). {original}: the
     teacher's training images. {runs}: the folder `runs`, where other programs write pools.
     """
     common, preset = shlex.split(cfg.common), read_preset(cfg.preset)
-    named = dict(pairwise(common))
-    train = Path(named.get("--data-root", ""), "train")
+    named = parse(distill.Config, common, "")
+    train = Path(named.data_root or "", "train")
     train = train / "images" if (train / "images").is_dir() else train
-    paths = {"pool": named.get("--pool"), "original": cfg.original or train, "runs": runs}
+    paths = {"pool": Path(named.pool or ""), "original": cfg.original or train, "runs": runs}
     rows = {row: common + [word.format(**paths) for word in shlex.split(words)]
-            for row, words in preset.items() if re.search(cfg.rows, row)}
-    if not rows or cfg.seeds > max(T95) or named.get("--dataset") == "none":
+            for row, words in preset.items() if cfg.rows in row}
+    if not rows or cfg.seeds > max(T95) or named.dataset == "none":
         raise ValueError(f"expected a preset, --rows that match some of it ({'; '.join(preset)}), "
                          f"at most {max(T95)} seeds, and labels to score on")
     return rows
@@ -72,8 +72,8 @@ def run_once(words, folder):
     """Run distill.py with these options unless its metrics are there already; return them."""
     config, metrics = folder / "config.json", folder / "metrics.json"
     if config.exists():                          # a run of the same name may have other options
-        now = asdict(parse(distill.Config, words, ""))
-        changed = "; ".join(records.differences(now, json.loads(config.read_text())))
+        cfg = parse(distill.Config, words, "")
+        changed = "; ".join(records.differences(cfg, json.loads(config.read_text())))
         if changed:
             raise ValueError(f"{folder} has other options ({changed}); choose another --runs")
     if not metrics.exists():
@@ -105,7 +105,7 @@ def collect(cfg):
 def main(argv=None):
     """Run a preset and write its record, or read records; print the table."""
     cfg = parse(Config, argv, "Compare methods over seeds; every row is a line of distill.py.")
-    record = read(*shlex.split(cfg.table)) if cfg.table else collect(cfg)
+    record = read(cfg.table) if cfg.table else collect(cfg)
     print(table(record))
 
 

@@ -26,10 +26,9 @@ T95 = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2
 ORIGINAL = "original images"
 
 
-def read(*paths):
-    """Return one record with the runs of all these JSON files."""
-    records = [json.loads(Path(path).read_text()) for path in paths]
-    return {**records[0], "runs": [run for record in records for run in record["runs"]]}
+def read(path):
+    """Return the record in a JSON file."""
+    return json.loads(Path(path).read_text())
 
 
 def by_row(record):

@@ -73,9 +73,10 @@ def load(path):
         # torchvision's training script saves its options as well: a Namespace of plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                 # the unpickler raises nearly anything on bad input
-        kind = ("a folder" if Path(path).is_dir() else
-                "a file for the package safetensors" if isinstance(error, ImportError) else
+    except OSError:                                # a folder, or a file that may not be read
+        raise
+    except Exception as error:                     # the unpickler raises nearly anything
+        kind = ("for the package safetensors: install it" if isinstance(error, ImportError) else
                 "damaged, or holds code (a whole network, a TorchScript or exported program)")
         raise ValueError(f"{path} is {kind} (nothing in it was run); expected a student.pt, a "
                          "teacher.pt or a state dict") from error
@@ -112,10 +113,11 @@ def load_model(path, model=None):
     name, weights = model or saved, networks.find_weights(state, path)
     network = (networks.load_file(name) if ":" in name else
                build_model(name, networks.count_outputs(name, weights)))
+    # Our files hold the mean and std as well; others hold the state of the network inside.
     networks.fit_weights(network if saved else network.net, weights, path)
     names = state["class_names"] if saved else read_class_names(Path(path).with_name("classes.txt"))
     network.image_size = state["image_size"] if saved else network.image_size
-    return networks.with_names(network, names or network.class_names).eval()
+    return network.with_names(names or network.class_names).eval()
 
 
 def fingerprint(model):

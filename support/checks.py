@@ -60,9 +60,10 @@ def check_inputs(teacher, student, layers, pool, cfg):
 def mean_shift(teacher, result, indices, most=200):
     """Return how far images lie from the teacher's channel means, in standard deviations: a number.
 
-    The root mean square of (mu - mu_bn) / sqrt(var_bn + eps) over images, layers and channels. Over
-    the training images its square is the share of the running variance that lies between images,
-    so at most 1. indices: (n,) into the pool; at most `most` of them are used, evenly spread.
+    The root mean square of (mu - mu_bn) / sqrt(var_bn + eps) over images, layers and channels. The
+    running variance is that of all pixels: the variance of mu over the training images plus that
+    within them. Over the training images the result is therefore at most 1.
+    indices: (n,) into the pool; at most `most` of them are used, evenly spread.
     """
     device, squares = next(teacher.parameters()).device, []
     some = Subset(result["pool"], indices[::math.ceil(len(indices) / most)].tolist())

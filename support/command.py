@@ -53,6 +53,8 @@ class Evaluation(Labels):
 def load_teacher(cfg):
     """Return the teacher that the options name, frozen, with the image size that is used."""
     if cfg.teacher_weights:
+        if cfg.teacher or not cfg.teacher_model:
+            raise ValueError("--teacher-weights needs --teacher-model, and no --teacher")
         model = build_model(cfg.teacher_model, weights=cfg.teacher_weights)
     else:
         model = checkpoint.load_model(cfg.teacher, cfg.teacher_model)
@@ -67,6 +69,8 @@ def build_student(cfg, teacher):
     """Return the student that `cfg` names, with the teacher's classes and normalisation."""
     torch.manual_seed(cfg.seed)
     if cfg.student_weights == "imagenet":                # these weights expect ImageNet's
+        if ":" in cfg.student_model:
+            raise ValueError(f"--student-weights: {cfg.student_model} loads its own weights")
         how = {"weights_backbone": "DEFAULT"}
     else:
         how = {"mean": teacher.mean.flatten().tolist(), "std": teacher.std.flatten().tolist()}
@@ -82,7 +86,7 @@ def open_inputs(cfg, out=None):
     named in out/skipped.csv.
     """
     if cfg.dataset == "scenes" and not cfg.data_root:
-        raise ValueError("--dataset is missing; say which labels there are, or none")
+        raise ValueError("--dataset is missing; name the labels, none, or --data-root of scenes")
     if not cfg.pool:
         raise ValueError("--pool is missing; name a folder of unlabelled photos")
     if out and Path(cfg.pool).resolve() in out.resolve().parents:      # its figures would join it
@@ -90,18 +94,18 @@ def open_inputs(cfg, out=None):
     teacher, files = load_teacher(cfg), images.find_images(cfg.pool)
     size = teacher.image_size
     if cfg.dataset == "none":
-        files, others = images.hold_out(files)
-        eval_data = [(x, None) for _, x, readable in DataLoader(Pool(others, size)) if readable]
+        files, evaluated = images.hold_out(files)
+        eval_data = [(x, None) for _, x, readable in DataLoader(Pool(evaluated, size)) if readable]
         if not eval_data:
-            raise ValueError(f"no image held out for agreement can be read, such as {others[0]}")
+            raise ValueError(f"no image held out for agreement can be read, such as {evaluated[0]}")
     else:
         labelled = open_labelled(cfg.dataset, cfg.data_root, cfg.split, size,
                                  cfg.num_classes or teacher.num_classes, cfg.download)
         check_labels(labelled, teacher.class_names)   # a bad one is found before hours of training
-        others = labelled.images
+        evaluated = labelled.images
         workers = options.pick_workers(cfg.workers, teacher.mean.device)
         eval_data = DataLoader(labelled, num_workers=workers)      # one by one: they differ in size
-    files, copies = images.drop_copies(files, others)
+    files, copies = images.drop_copies(files, evaluated)
     if copies:
         print(f"warning: {len(copies)} images of the pool are left out: they are evaluated on")
     if out:

@@ -79,8 +79,8 @@ def iterate(dataset, device, workers=None, **options):
     except ValueError as error:                 # a worker wraps the reason in its own traceback
         reason = str(error).split("\nValueError: ")[-1].strip()
         raise OSError(f"{reason}; restore this file and resume") from error
-    except (ConnectionError, EOFError) as error:             # one of the ways to notice its death
-        time.sleep(1)                    # torch's own is a signal, which would strike anywhere else
+    except (ConnectionError, EOFError) as error:                     # a worker process has died
+        time.sleep(1)          # torch may say so by a signal handler: let it raise its error here
         raise RuntimeError("a DataLoader worker (pid unknown) died") from error
 
 
@@ -105,7 +105,7 @@ class Views(Dataset):
         """
         if index in self.sources:
             return self.sources[index]
-        # Decoded at twice this size or more, which MAX_SCALE stays below.
+        # load_image decodes at twice self.size or more; MAX_SCALE, of the largest crop, is below 2.
         image = load_image(self.files[index], self.size, upright=not self.labelled)
         mask = self.labelled.mask(index) if self.labelled else None
         H, W = (round(MAX_SCALE * side) for side in self.size)

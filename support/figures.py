@@ -112,7 +112,8 @@ def examples(eval_data, models, predict):
 
 def run_figure(result, teacher, cfg, rows, path):
     """Write the figure of a run: from the pool to the student's masks. rows: of `examples`."""
-    colours = np.array([*labelled.class_colours(teacher.class_names), labelled.WHITE], np.uint8)
+    # Void is white: no class is.
+    colours = np.array([*labelled.class_colours(teacher.class_names), (255,) * 3], np.uint8)
     figure = Figure(figsize=(11, 6.3 + 1.45 * len(rows)), layout="constrained")
     # A dollar sign would start a formula.
     patches = [Patch(facecolor=colour / 255, edgecolor=GREY, label=name.replace("$", r"\$"))

@@ -29,7 +29,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".g
 def read_csv(path):
     """Return the rows of a table, as text."""
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        return list(csv.reader(file))
+        return [row for row in csv.reader(file) if row]
 
 
 def walk(folder, seen):
@@ -162,7 +162,8 @@ def hold_out(files):
 def drop_copies(files, others):
     """Return (the files whose content is in none of the others, one line for each of the rest).
 
-    Only files of equal size are read. A link to nowhere stays: scoring will name it.
+    Of `files`, only those with the size of one of the others are read. A link to nowhere stays:
+    scoring will name it.
     """
     def digest(path):
         return hashlib.sha256(Path(path).read_bytes()).digest()

@@ -30,7 +30,6 @@ from support.options import Options, labels, progress
 
 IGNORE = 255
 VOID = "void"                                            # the name of a value that is ignored
-WHITE = (255, 255, 255)                                  # its colour: no class has it
 CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car",
           "pedestrian", "bicyclist")
 CAMVID_COLOURS = ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222),
@@ -117,10 +116,11 @@ def open_labelled(dataset, root, split, size, num_classes=None, download=False):
     pairs, values = find_pairs(dataset, Path(root), part, download)
     values = values or [f"class {k}" for k in range(num_classes or 0)]       # names of 0, 1, ...
     names = [name for name in dict.fromkeys(values) if name != VOID]
-    if not names or set(values[IGNORE:]) - {VOID}:
-        raise ValueError(f"{dataset} has {len(names)} classes, expected 1 to {IGNORE} with values "
+    if len(names) < 2 or set(values[IGNORE:]) - {VOID}:
+        raise ValueError(f"{dataset} has {len(names)} classes, expected 2 to {IGNORE} with values "
                          f"below {IGNORE}; see --num-classes and classes.txt in docs/data.md")
-    pairs = [pair for pair in pairs if pair[0].name.startswith(tuple(sequences.split(",")))]
+    # Without sequences: ("",), with which every name begins.
+    pairs = [p for p in pairs if p[0].name.startswith(tuple(sequences.rstrip(",").split(",")))]
     if not pairs:
         raise ValueError(f"{root} has no image in split {split!r}")
     # Official labelIds know no 255: a file with one holds train ids under a wrong name.
@@ -161,7 +161,7 @@ def voc_pairs(voc, part, download):
     if download and not listing.is_file():    # torchvision would unpack the archive on every run
         VOCSegmentation(voc.parent.parent, download=True)
     masks = voc / ("SegmentationClassAug" if "aug" in part else "SegmentationClass")
-    names = [Path(line.split()[0]).stem for line in listing.read_text().strip().splitlines()]
+    names = [Path(row.split()[0]).stem for row in listing.read_text().split("\n") if row.strip()]
     return [(voc / "JPEGImages" / f"{name}.jpg", masks / f"{name}.png") for name in names]
 
 
@@ -185,13 +185,11 @@ def read_class_names(path):
     """Return the lines of a classes.txt, the names of 0, 1, ...; [] without such a file.
 
     Empty lines and those that say void, in whatever case, become VOID. Lines of one name are one
-    class.
+    class. Bytes that are no UTF-8 become question marks.
     """
-    try:
-        lines = path.read_text("utf-8-sig").rstrip().splitlines() if path.is_file() else []
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text; save it again with this encoding") from error
-    return [VOID if line.strip().lower() in ("", VOID) else line.strip() for line in lines]
+    text = path.read_text("utf-8-sig", "replace") if path.is_file() else ""
+    lines = [line.strip() for line in text.rstrip().splitlines()]
+    return [VOID if line.lower() in ("", VOID) else line for line in lines]
 
 
 def class_colours(class_names):
@@ -226,7 +224,7 @@ def check_labels(data, names=None, most=2000):
     absent = [name for name, pixels in zip(data.class_names, count, strict=False) if not pixels]
     if absent:
         found = ", ".join(str(k) for k in count.nonzero().flatten().tolist())
-        words = f"no label has {', '.join(absent)}; classes found: {found} ({IGNORE}: void)"
+        words = f"no label read has {', '.join(absent)}; classes found: {found} ({IGNORE}: void)"
         if count[:IGNORE].count_nonzero() < 2 and count[IGNORE]:
             raise ValueError(f"{words}; are two classes saved as 0 and 255 instead of 0 and 1?")
         print(f"warning: {words}")

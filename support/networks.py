@@ -50,7 +50,7 @@ def load_file(spec):
     except Exception as error:                                   # of any kind: the code is not ours
         raise ValueError(f"{spec}: {type(error).__name__}: {error}".split("\n")[0]) from error
     model.name, model.num_classes = spec, K
-    return with_names(model, model.class_names or [f"class {k}" for k in range(K)])
+    return model.with_names(model.class_names or [f"class {k}" for k in range(K)])
 
 
 def load_network(name, class_names, image_size, **more):
@@ -60,20 +60,12 @@ def load_network(name, class_names, image_size, **more):
     """
     model = load_file(name) if ":" in name else build_model(name, len(class_names), **more)
     model.image_size = image_size
-    return with_names(model, class_names)
-
-
-def with_names(model, class_names):
-    """Return the model with these class names; ValueError if it has another number of classes."""
-    if len(class_names) != model.num_classes:
-        raise ValueError(f"{model.name} has {model.num_classes} classes, expected "
-                         f"{len(class_names)} ({', '.join(class_names)})")
-    model.class_names = list(class_names)
-    return model
+    return model.with_names(class_names)
 
 
 def find_weights(state, path):
     """Return the state dict in what others save, bare or in one of PLACES; ValueError if none."""
+    state = state if isinstance(state, dict) else {type(state).__name__: None}
     places = [state[key] for key in PLACES if key in state] + [state]
     found = next((place for place in places if isinstance(place, dict)), {})
     weights = {key: value for key, value in found.items() if torch.is_tensor(value)}
@@ -97,9 +89,11 @@ def fit_weights(network, weights, path):
     Raises ValueError with the first key that does not fit, and what was expected.
     """
     keys = list(network.state_dict())
+    # What precedes the last key is a candidate; of several, the one that fits most keys.
     prefixes = [key.removesuffix(keys[-1]) for key in weights if key.endswith(keys[-1])] or [""]
     prefix = max(prefixes, key=lambda p: sum(p + key in weights for key in keys))
-    left = [key for key in weights if not key.startswith(prefix) or "aux_classifier." in key]
+    left = [key for key in weights if not key.startswith(prefix)
+            or "aux_classifier." in key and key.removeprefix(prefix) not in keys]
     fitting = {key.removeprefix(prefix): weights[key] for key in weights if key not in left}
     try:
         network.load_state_dict(fitting)

@@ -50,8 +50,8 @@ class Options:
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in (*choices, f.default):
                 raise ValueError(f"{flag(f.name)} takes one of {', '.join(choices)}; got {value!r}")
-            size = isinstance(value, tuple)                    # (H, W), of one pixel or more
-            numbers, low = (value, 1) if size else ((value,), f.metadata["min"])
+            # A tuple is a size (H, W), of one pixel or more.
+            numbers, low = (value, 1) if type(value) is tuple else ((value,), f.metadata["min"])
             if any(isinstance(x, int | float) and not low <= x < torch.inf for x in numbers):
                 raise ValueError(f"{flag(f.name)} takes a number of at least {low}; got {value!r}")
 
@@ -136,9 +136,8 @@ def set_deterministic():
 
 def pick_workers(workers, device):
     """Return the number of loading processes: by default enough to keep a GPU busy."""
-    if workers is not None:
-        return workers
-    return min(4, os.cpu_count()) if device.type == "cuda" else 0
+    default = min(4, os.cpu_count()) if device.type == "cuda" else 0
+    return default if workers is None else workers
 
 
 def pick_amp(name, device):
@@ -179,7 +178,8 @@ def explain(error):
         # It strikes at any moment, also while a progress bar is drawn: begin a line.
         sentence = f"\nerror: {causes[0]}"
     elif isinstance(error, ValueError | OSError):
-        sentence = f"error: {error}"
+        # A process that loads images wraps the reason in its own traceback.
+        sentence = "error: " + str(error).split("\nValueError: ")[-1].strip()
     else:
         return None
     return "; ".join([sentence, *getattr(error, "__notes__", [])])

@@ -28,11 +28,16 @@ from support.options import parse, pick_amp, set_deterministic
 NEUTRAL = {"out", "resume", "dry_run", "device", "workers", "download"}
 
 
-def differences(options, recorded):
-    """Return 'name: recorded value, now value' for options, a dict, that change a result."""
-    now = json.loads(json.dumps(options))                        # as JSON has it: a tuple is a list
-    return [f"{name}: {recorded.get(name)!r}, now {value!r}" for name, value in now.items()
-            if name not in NEUTRAL and recorded.get(name) != value]
+def differences(cfg, recorded):
+    """Return 'name: recorded value, now value' for the options of cfg that change a result.
+
+    recorded: {name: value}; an option that is not in it, because it is newer, had its default.
+    """
+    # By way of JSON, which makes a tuple a list.
+    options = asdict(cfg), asdict(type(cfg)()) | recorded
+    now, before = (json.loads(json.dumps(x)) for x in options)
+    return [f"{name}: {before[name]!r}, now {value!r}" for name, value in now.items()
+            if name not in NEUTRAL and before[name] != value]
 
 
 def digest(cfg):
@@ -67,9 +72,10 @@ def in_folder(run, config_class, argv, description):
     if cfg.resume:
         if not config.is_file() or (out / "metrics.json").is_file():
             raise ValueError(f"--resume: there is no unfinished run in {out}; name one by --out")
-        recorded = json.loads(config.read_text())
+        # A dry run may be continued by a run.
+        recorded = json.loads(config.read_text()) | {"dry_run": False}
         cfg = parse(config_class, argv, description, recorded)
-        changed = differences(asdict(cfg), asdict(config_class()) | recorded)
+        changed = differences(cfg, recorded)
         if changed:
             raise ValueError(f"the run in {out} has another config ({'; '.join(changed)})")
     elif started(out):
@@ -82,8 +88,10 @@ def in_folder(run, config_class, argv, description):
         return run(cfg, out)
     except (KeyboardInterrupt, OSError, RuntimeError) as error:
         if not isinstance(error, FileNotFoundError):          # a mistyped path is not resumed
-            words = shlex.join([sys.argv[0], "--resume", "--out", str(out)])
-            error.add_note(f"resume with: python {words}")
+            module = sys.modules["__main__"].__spec__                     # of python -m, else None
+            words = ["-m", module.name] if module else [sys.argv[0]]
+            words += ["--resume", "--out", str(out), *["--dry-run"] * getattr(cfg, "dry_run", 0)]
+            error.add_note(f"resume with: python {shlex.join(words)}")
         raise
 
 

@@ -36,16 +36,18 @@ def score_file(teacher, layers, pool, cfg):
     """Return the path of the scores of this teacher, this pool and these options.
 
     A photo counts as the same if path, size in bytes and time of change are. The name also depends
-    on the code: whoever changes a distance gets new scores.
+    on the code, that of a teacher's Python file included: whoever changes it gets new scores.
     """
     paths = [os.path.realpath(path) for path in pool.files]
     stats = [(s.st_size, s.st_mtime) for s in map(os.stat, filter(os.path.exists, paths))]
     root = Path(__file__).parents[1]
-    code = [path.read_text() for path in sorted([*root.glob("*.py"), *root.glob("support/*.py")])]
+    files = sorted([*root.glob("*.py"), *root.glob("support/*.py")])
+    files += [Path(teacher.name.rpartition(":")[0])] if ":" in teacher.name else []
+    code = [path.read_text() for path in files]
     sampling = getattr(cfg, "sampling", "nearest")                       # absent in `main`
     settings = (sampling, cfg.metric, cfg.match_colours, cfg.seed if sampling == "random" else 0)
-    content = (checkpoint.fingerprint(teacher), repr(teacher), list(layers), settings, pool.size,
-               torch.__version__, PIL.__version__, next(teacher.parameters()).device.type,
+    content = (checkpoint.fingerprint(teacher), repr(teacher), teacher.multiple, list(layers),
+               settings, pool.size, [torch.__version__, PIL.__version__, teacher.mean.device.type],
                paths, stats, code)
     return STORE / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}.f32"
 

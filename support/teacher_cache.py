@@ -32,9 +32,9 @@ MEMORY = 4 * 2 ** 30      # bytes of views, and of logits, that are kept in memo
 def comparison_size(teacher, student, size):
     """Return (h, w) at which to compare the logits of two networks for images of size (H, W).
 
-    The student's own size: a finer one costs more and teaches no more. A student coarser than a
-    quarter of the image (DeepLab's) is compared at the teacher's size or at a quarter: at its own
-    size it lost 3 points of mIoU (results/notes.md).
+    The student's own size: a finer one costs more and teaches no more. But at least the teacher's
+    size or a quarter of the image's, whichever is smaller: a coarser student (DeepLab's) lost 3
+    points of mIoU at its own size (results/notes.md).
     """
     image = torch.zeros(1, 3, *size, device=next(teacher.parameters()).device)
     teacher_size, student_size = (net.eval()(image).shape[-2:] for net in (teacher, student))

@@ -38,7 +38,7 @@ def warmup_poly(optimizer, steps):
 class Training:
     """The state of a training run, in memory and on disk.
 
-    cfg: has steps, seed, amp and workers. out: the folder of the run; if it holds a state.pt,
+    cfg: a dataclass with steps, seed, amp and workers. out: a Path; if it holds a state.pt,
     training resumes from it. resume_with: networks and values that, besides cfg and the model's
     initial weights, must be the same as in the run that saved the state, or it is refused.
     """
@@ -98,7 +98,7 @@ class Training:
         """
         todo = range(self.done, self.cfg.steps)
         loader = iterate(dataset, self.device, self.cfg.workers, batch_size=None, sampler=todo)
-        self.save()          # an interrupted caller of the Python API starts again from here
+        self.save()          # a second call that passes the half-trained model is now refused
         self.model.train()
         bar = options.progress(loader, name, initial=self.done, total=self.cfg.steps)
         with closing(loader):                                 # closing ends the loading processes

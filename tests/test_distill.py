@@ -260,7 +260,9 @@ BAD_INPUTS = {
     "--pool dark --out dark/runs": "lies in the pool",
     "--dataset scenes --data-root ": "--dataset is missing",
     "--dataset none --pool dark": "no image held out for agreement can be read, such as dark",
-    "--data-root bad": r"01.png holds the label values \[9\]"}
+    "--data-root bad": r"01.png holds the label values \[9\]",
+    "--teacher-weights DEFAULT": "--teacher-weights needs --teacher-model, and no --teacher",
+    "--student-model nets.py:unet --student-weights imagenet": "unet loads its own weights"}
 
 
 @pytest.mark.parametrize("words", BAD_INPUTS)

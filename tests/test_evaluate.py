@@ -113,6 +113,8 @@ def test_a_reference_is_used_instead_of_the_targets():
         guess, torch.where(targets == 255, 255, truth), 3)
     full = slow_matrix(predict(model, images, (16, 24)), predict(other, images, (16, 24)), 3)
     assert evaluate(model, [(images, None)], 3, reference=other)["matrix"].tolist() == full
+    beyond = evaluate(other, [(images, None)], 1, reference=other)    # both: class 1 or 2, of 1
+    assert beyond["pixel_accuracy"] == (predict(other, images, (16, 24)) == 0).float().mean()
     other.insert(1, nn.BatchNorm2d(8))
     evaluate(model, [(images, targets)], 3, reference=other.train())
     assert not other.training and not other[1].running_mean.any()

@@ -30,6 +30,11 @@ def unnamed():
 def broken():
     raise KeyError("weights\\nare not here")
 
+def auxiliary():
+    network = nn.Sequential(nn.Conv2d(3, 4, 1))
+    network.aux_classifier = nn.Sequential(nn.Conv2d(4, 4, 1))
+    return network
+
 def odd():
     network = nn.Conv2d(3, 3, 1)
     network.class_names = ["road", "sky"]
@@ -118,6 +123,18 @@ def test_a_state_dict_is_found_wherever_programs_put_it_and_whatever_they_prefix
     assert (said in capsys.readouterr().out) == (place == "ema")
 
 
+def test_a_network_with_an_auxiliary_head_of_its_own_keeps_it(tmp_path, nets):
+    model = load_file(f"{nets}:auxiliary")
+    save_model(model, tmp_path / "m.pt")
+    assert fingerprint(load_model(tmp_path / "m.pt", f"{nets}:auxiliary")) == fingerprint(model)
+
+
+def test_a_file_without_a_dict_is_no_state_dict(tmp_path):
+    save(torch.zeros(3), tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"w.pt holds no state dict.*holds \['Tensor'\]"):
+        load_model(tmp_path / "w.pt", "resnet_tiny")
+
+
 def test_weights_fill_the_empty_network_of_a_file(tmp_path, nets):
     old = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).state_dict()
     del old["1.num_batches_tracked"]                               # as before torch 0.4.1
@@ -127,7 +144,7 @@ def test_weights_fill_the_empty_network_of_a_file(tmp_path, nets):
 
 
 def test_a_safetensors_file_is_loaded_or_its_package_is_asked_for(tmp_path):
-    path, kind = tmp_path / "w.safetensors", "a file for the package safetensors"
+    path, kind = tmp_path / "w.safetensors", "for the package safetensors: install it"
     with suppress(ImportError):
         from safetensors.torch import save_file
         save_file(WEIGHTS, path)

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -66,13 +67,15 @@ def test_resuming_with_other_options_names_what_changed_and_keeps_the_record(tmp
     recorded = json.loads((tmp_path / "config.json").read_text())
     assert (recorded["steps"], recorded["workers"]) == (900, None)
     assert digest(other) == digest(Config(steps=900)) != digest(Config(steps=900, amp="off"))
-    recorded.pop("seed")                                         # as before the option existed
-    assert differences(dataclasses.asdict(other), recorded) == ["seed: None, now 0"]
+    recorded.pop("seed")                            # as before the option existed: its default, 0
+    assert differences(other, recorded) == []
+    assert differences(dataclasses.replace(other, seed=3), recorded) == ["seed: 0, now 3"]
 
 
 def test_an_interrupted_run_says_how_to_resume_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["distill.py", "--steps", "1"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)       # as of python distill.py
 
     def said(error):
         with pytest.raises(SystemExit) as caught:
@@ -85,14 +88,27 @@ def test_an_interrupted_run_says_how_to_resume_it(tmp_path, monkeypatch, capsys)
     assert said(OSError("disk full")) == (2, f"error: disk full{command}")
     assert said(torch.OutOfMemoryError("CUDA out of memory"))[1].endswith(command)
     assert said(FileNotFoundError("x")) == (2, "error: x\n")     # a typo is not resumed
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(name="support.x"))
+    monkeypatch.setattr(sys, "argv", ["/a/support/x.py", "--dry-run"])
+    assert said(OSError("disk full"))[1].endswith(
+        "python -m support.x --resume --out runs/001 --dry-run\n")
+
+
+def test_a_dry_run_is_continued_by_a_run(tmp_path):
+    begin("--out", tmp_path, "--dry-run", "--steps", 7)
+    assert (resumed(tmp_path).dry_run, resumed(tmp_path).steps) == (False, 7)
+    assert resumed(tmp_path, "--dry-run").dry_run
 
 
 def test_a_table_is_read_back_also_with_file_names_of_any_bytes(tmp_path):
     names = ["a,b.png", 'say "x"', "two\nlines.jpg", "re\rturn\\.jpg", os.fsdecode(b"caf\xe9.jpg"),
              "\xe9.jpg"]
     write_csv(tmp_path / "t.csv", ("file", "weight"), [[name, 1e-9] for name in names])
-    assert read_csv(tmp_path / "t.csv") == [["file", "weight"], *([n, "1e-09"] for n in names)]
+    rows = [["file", "weight"], *([n, "1e-09"] for n in names)]
+    assert read_csv(tmp_path / "t.csv") == rows
     assert b"caf\xe9.jpg" in (tmp_path / "t.csv").read_bytes()
+    (tmp_path / "t.csv").write_bytes(b"\r\n" + (tmp_path / "t.csv").read_bytes() + b"\r\n")
+    assert read_csv(tmp_path / "t.csv") == rows                       # empty lines do not count
 
 
 def test_a_run_does_not_resume_with_other_images_than_it_began_with(tmp_path):

@@ -64,7 +64,13 @@ def test_another_teacher_pool_option_or_code_has_another_file(teacher, pool, tmp
     for file, code in (("bn_stats.py", "1"), ("bn_stats.py", "2"), ("support/images.py", "1")):
         (tmp_path / file).write_text(code)
         paths.append(name())
-    assert len(set(paths)) == 15
+    teacher.multiple = 8
+    paths.append(name())
+    teacher.name = f"{tmp_path}/nets.py:unet"
+    for code in ("x", "2 * x"):                                         # its forward pass
+        (tmp_path / "nets.py").write_text(code)
+        paths.append(name())
+    assert len(set(paths)) == 18
     assert paths[-1] == name(seed=3, steps=7, budget=2, workers=1)      # no distance depends on it
 
 
