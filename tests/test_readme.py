@@ -64,7 +64,12 @@ def test_the_voc_and_cityscapes_commands_run(tmp_path, voc_tree, cityscapes_tree
     lines = re.findall(r"^python (\S+) (.*--dataset (voc|cityscapes) .*)$",
                        DOCS["data.md"].replace("\\\n", " "), re.MULTILINE)
     assert [program for program, *_ in lines] == 2 * ["train_teacher.py", "distill.py"]
-    get_model, asked = torchvision.models.get_model, []
+    get_model, mobilenet_v2 = torchvision.models.get_model, torchvision.models.mobilenet_v2
+    asked = []
+
+    def random_mobilenet(weights):
+        asked.append(("mobilenet_v2", weights))
+        return mobilenet_v2(weights=None)
 
     def random_weights(name, weights=None, weights_backbone=None, num_classes=21):
         asked.append((name, str(weights), weights_backbone))
@@ -72,6 +77,7 @@ def test_the_voc_and_cityscapes_commands_run(tmp_path, voc_tree, cityscapes_tree
                                                 num_classes=num_classes, aux_loss=bool(weights)))
 
     monkeypatch.setattr(torchvision.models, "get_model", random_weights)
+    monkeypatch.setattr(torchvision.models, "mobilenet_v2", random_mobilenet)
     monkeypatch.setattr("support.figures.run_figure", lambda *_: None)
     for i, (program, line, dataset) in enumerate(lines):
         root, classes = ((voc_tree, VOC) if dataset == "voc" else (cityscapes_tree, CITYSCAPES))
@@ -88,6 +94,8 @@ def test_the_voc_and_cityscapes_commands_run(tmp_path, voc_tree, cityscapes_tree
     published = "DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1"
     assert ("deeplabv3_resnet50", published, None) in asked
     assert asked.count(("deeplabv3_resnet50", "None", "DEFAULT")) == 2           # both teachers
+    assert [x for x in asked if x[0] == "mobilenet_v2"] == [("mobilenet_v2", "DEFAULT"),
+                                                            ("mobilenet_v2", None)]
 
 
 def test_the_printed_sequence_runs_as_a_whole(tmp_path, pool_folder, monkeypatch):
@@ -98,7 +106,7 @@ def test_the_printed_sequence_runs_as_a_whole(tmp_path, pool_folder, monkeypatch
                                            *["evaluate.py"] * 2, "export.py"]
     pool_folder.rename(tmp_path / "photos")
     labels = mask(*[[3, 0] * 24] * 31, [11] * 48)
-    for part in ("train", "val"):
+    for part in ("train", "val", "test"):
         for i in range(2):
             write(tmp_path / "CamVid" / part / f"{i}.png", coordinates(48, 32, blue=i))
             write(tmp_path / "CamVid" / f"{part}annot" / f"{i}.png", labels)
