@@ -62,8 +62,8 @@ def measurements(teacher, images, steps):
     optimizer = torch.optim.AdamW(student.parameters(), 1e-4, fused=True)
     amp = options.pick_amp("auto", device)
 
-    def distil(steps):
-        cfg = distill.Config(budget=0, batch_size=B, views=1, steps=steps)
+    def distil(updates):
+        cfg = distill.Config(budget=0, batch_size=B, views=1, steps=updates)
         distill.distill(teacher, student, [PHOTO] * B, (H, W), cfg)
 
     def bare_steps():
@@ -86,8 +86,8 @@ def table(record):
     """Return a record as a Markdown table."""
     lines = ["| what | floor | ratio (quartiles) | at most |", "|---|---|---|---|"]
     for row in record["rows"]:
-        ratio = "{:.3g} ({:.3g} to {:.3g})".format(row["median"], *row["quartiles"])
-        lines.append(f"| {row['what']} | {row['floor']} | {ratio} | {row['target']} |")
+        cell = "{:.3g} ({:.3g} to {:.3g})".format(row["median"], *row["quartiles"])
+        lines.append(f"| {row['what']} | {row['floor']} | {cell} | {row['target']} |")
     return "\n".join(lines)
 
 

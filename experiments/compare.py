@@ -33,7 +33,7 @@ ROWS = Path(__file__).with_name("rows.csv")
 @dataclass(frozen=True)
 class Config(Options):
     preset: str = option("scenes", "rows of the table: a preset of experiments/rows.csv")
-    rows: str = option("", "only rows whose name contains these words")
+    rows: str = option("", "only rows whose name contains one of these; 'A; B'")
     common: str = option("", "options of distill.py that all rows share, in quotes")
     original: str = option("", "the teacher's training images (default: train of --data-root)")
     seeds: int = option(3, "number of seeds, from 0 on", min=1)
@@ -61,7 +61,7 @@ def choose_rows(cfg, runs):
     train = train / "images" if (train / "images").is_dir() else train
     paths = {"pool": Path(named.pool or ""), "original": cfg.original or train, "runs": runs}
     rows = {row: common + [word.format(**paths) for word in shlex.split(words)]
-            for row, words in preset.items() if cfg.rows in row}
+            for row, words in preset.items() if any(x in row for x in cfg.rows.split("; "))}
     if not rows or cfg.seeds > max(T95) or named.dataset == "none":
         raise ValueError(f"expected a preset, --rows that match some of it ({'; '.join(preset)}), "
                          f"at most {max(T95)} seeds, and labels to score on")

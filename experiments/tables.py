@@ -104,5 +104,6 @@ def teachers(paths, expressions, transposed=False):
         lines.append([f"{Path(path).stem} ({seeds})", *map(interval, cells, signs)])
     means = [[mean(cell) for cell in column] for column in zip(*numbers, strict=True)]
     lines.append([f"mean of {len(paths)} teachers", *map(interval, means, signs)])
+    # lines[0] is the header, in either direction.
     header, *lines = zip(*lines, strict=True) if transposed else lines
     return markdown(header, lines)

@@ -78,7 +78,8 @@ def parse(config_class, argv, description, recorded=None):
     parser = argparse.ArgumentParser(description=description, usage="%(prog)s [options]")
     groups = {name: parser.add_argument_group(name) for name in GROUPS}     # empty: not in --help
     for f in fields(config_class):
-        kind = next(iter(typing.get_args(f.type)), f.type)                   # int of `int | None`
+        # int of `int | None`. An option that is a size is therefore `tuple[int, int] | None`.
+        kind = next(iter(typing.get_args(f.type)), f.type)
         meta, text = f.metadata, f.metadata["help"]
         if kind is not bool and f.default not in (None, ""):
             text += f" (default: {f.default})"

@@ -57,6 +57,7 @@ def test_rows_get_their_numbers_and_their_paths(tmp_path, inside):
             ("headline", "original", "", ["--pool", str(root / inside)]),
             ("headline", "original", "a.csv", ["--pool", "a.csv"]),
             ("street", " 0 ", "", ["--pool", "my pool-0"]),
+            ("length", "nothing; recipe, 600", "", ["--metric", "kl", "--match-colours"]),
             ("selection", "centre", "", ["--pool", "my runs/k-centre/chosen.csv"])):
         cfg = compare.Config(preset=preset, rows=row, common=shlex.join(common), original=original)
         (found,) = compare.choose_rows(cfg, "my runs").values()
