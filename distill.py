@@ -84,8 +84,8 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     layers = select_layers(bn_layers(teacher), cfg.layers)
     check_inputs(teacher, student, layers, pool, cfg)       # tries a training step, with a copy
 
-    # 2. Score the pool, like score_pool of ads_sampler.py. skipped: unreadable files. With `out`,
-    #    scores are cached in a file below runs/scores, which all runs share.
+    # 2. Score the pool. This is score_pool of ads_sampler.py, but unreadable files are `skipped`,
+    #    and with `out`, scores are cached in a file below runs/scores, which all runs share.
     score = selection_score(teacher, layers, cfg, len(pool))
     cache_file = score_file(teacher, layers, pool, cfg) if out else None
     scores, skipped = cached_scores(score, pool, device, cfg.workers, cache_file)         # (N,)
@@ -109,8 +109,9 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     #    here, once. With 0, each step draws new views and runs the teacher.
     optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, weight_decay=0.01, fused=True)
     scheduler = warmup_poly(optimizer, cfg.steps)     # 50 steps up, then (1 - step/steps)^0.9
+    # It resumes from a state in `out`, if that is of the same teacher, student, size and options.
     trainer = Training(student, optimizer, scheduler, cfg, out, resume_with=(teacher, size))
-    # The size of the student's logits, but at least the teacher's or H/4 x W/4 (the smaller).
+    # Logits are compared at max(student's size, min(teacher's size, H/4 x W/4)).
     logit_size = comparison_size(teacher, student, size)                                  # (h, w)
     teacher_pass = partial(compute_teacher_logits, teacher, trainer.autocast, logit_size, cfg)
     views = Views(result["files"], size, cfg.seed, pool.transform)    # transform: match_colours
