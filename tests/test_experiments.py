@@ -42,6 +42,8 @@ def test_the_factorial_is_every_combination_of_selection_colours_and_losses():
     colours = {"": "", ", colours": "--match-colours"}
     losses = {"": "", ", losses": "--channelwise 10 --teacher-temperature 0.4"}
     rows = {name: options(words) for name, words in compare.read_preset("factorial").items()}
+    # And the paper's own distance, which is that of nearest (ADS) in the other presets.
+    assert rows.pop("nearest (ADS), colours") == options("--schedule uniform --match-colours")
     assert rows == {
         a + b + c: options(f"--schedule uniform {selections[a]} {colours[b]} {losses[c]}")
         for a, b, c in product(selections, colours, losses)}
