@@ -163,8 +163,8 @@ class Config(command.Inputs):     # with teacher, pool, metric, layers, match_co
 def run(cfg, out):
     """Run the method as the options say, in the folder `out`; return the metrics it prints."""
     timer = records.Timer()
-    inputs_named = cfg.data_root or cfg.pool or cfg.teacher or cfg.teacher_model
-    if cfg.dataset == "scenes" and not inputs_named:
+    named = (cfg.data_root, cfg.pool, cfg.teacher, cfg.teacher_model, cfg.teacher_weights)
+    if cfg.dataset == "scenes" and not any(named):
         root, file = builtin_teacher(cfg.image_size, cfg.device, cfg.amp)
         cfg = with_defaults(cfg, data_root=root, pool=f"{root}/pool", teacher=file, steps=500,
                             views=8)

@@ -20,6 +20,7 @@ Use it
 """
 
 import types
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +92,7 @@ def mobilenet_v2_features(weights):
     features[14].conv[1][0].stride = (1, 1)                     # its 3x3; it went from 16 to 32
     for block in features[15:]:
         block.conv[1][0].dilation = block.conv[1][0].padding = (2, 2)
-    return features
+    return nn.Sequential(OrderedDict(features=features))       # so named in saved checkpoints
 
 
 class AtOwnStride(nn.Module):
@@ -134,7 +135,7 @@ class SegmentationModel(nn.Module):
         """
         if len(class_names) != self.num_classes or self.num_classes > 255:
             raise ValueError(f"{self.name} has {self.num_classes} classes, expected "
-                             f"{len(class_names)} ({', '.join(class_names):.300}), at most 255")
+                             f"{len(class_names)} ({', '.join(class_names):.300}); at most 255")
         self.class_names = list(class_names)
         return self
 
@@ -188,7 +189,7 @@ def build_model(name, num_classes=None, weights=None, weights_backbone=None, **m
     weights only take image_size. Raises ValueError.
     """
     if name not in MODELS:
-        raise ValueError(f"model {name!r} is unknown; expected one of {', '.join(MODELS)}")
+        raise ValueError(f"model {name!r} is unknown; expected {SPECS}")
     if name in SMALL and weights_backbone is not None:
         raise ValueError(f"there are no published backbone weights for {name}")
     if weights is not None:

@@ -23,7 +23,7 @@ from itertools import product
 from pathlib import Path
 
 import distill
-from experiments.tables import T95, read, table
+from experiments.tables import T95, table
 from support import checkpoint, images, records
 from support.options import Options, one_sentence, option, parse
 
@@ -33,7 +33,7 @@ ROWS = Path(__file__).with_name("rows.csv")
 @dataclass(frozen=True)
 class Config(Options):
     preset: str = option("scenes", "rows of the table: a preset of experiments/rows.csv")
-    rows: str = option("", "only rows whose name contains one of these; 'A; B'")
+    rows: str = option("", "only these rows: 'A; B'")
     common: str = option("", "options of distill.py that all rows share, in quotes")
     original: str = option("", "the teacher's training images (default: train of --data-root)")
     seeds: int = option(3, "number of seeds, from 0 on", min=1)
@@ -61,7 +61,7 @@ def choose_rows(cfg, runs):
     train = train / "images" if (train / "images").is_dir() else train
     paths = {"pool": Path(named.pool or ""), "original": cfg.original or train, "runs": runs}
     rows = {row: common + [word.format(**paths) for word in shlex.split(words)]
-            for row, words in preset.items() if any(x in row for x in cfg.rows.split("; "))}
+            for row, words in preset.items() if not cfg.rows or row in cfg.rows.split("; ")}
     if not rows or cfg.seeds > max(T95) or named.dataset == "none":
         raise ValueError(f"expected a preset, --rows that match some of it ({'; '.join(preset)}), "
                          f"at most {max(T95)} seeds, and labels to score on")
@@ -103,9 +103,9 @@ def collect(cfg):
 
 
 def main(argv=None):
-    """Run a preset and write its record, or read records; print the table."""
+    """Run a preset and write its record, or read a record; print its table."""
     cfg = parse(Config, argv, "Compare methods over seeds; every row is a line of distill.py.")
-    record = read(cfg.table) if cfg.table else collect(cfg)
+    record = json.loads(Path(cfg.table).read_text()) if cfg.table else collect(cfg)
     print(table(record))
 
 

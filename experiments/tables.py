@@ -8,10 +8,12 @@ Idea
     several.
 
 Use it
-    from experiments.tables import by_row, interval, read, table, teachers, values
-    rows = by_row(read("results/camvid_seed0.json"))
+    import json
+    from experiments.tables import by_row, interval, table, teachers, values
+    record = json.load(open("results/camvid_seed0.json"))
+    rows = by_row(record)
     print(interval(values(rows, "recipe - nearest (ADS)")))            # points of mIoU, per seed
-    print(table(read("results/scenes.json")))
+    print(table(record))
     print(teachers(["results/camvid_seed0.json", "results/camvid_seed1.json"],
                    ["random", "recipe", "gain = recipe - random"]))
 """
@@ -24,11 +26,6 @@ from statistics import mean, stdev
 # Two-sided 95 % quantiles of Student's t for n values (n - 1 degrees of freedom).
 T95 = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), 2))
 ORIGINAL = "original images"
-
-
-def read(path):
-    """Return the record in a JSON file."""
-    return json.loads(Path(path).read_text())
 
 
 def by_row(record):
@@ -97,7 +94,8 @@ def teachers(paths, expressions, transposed=False):
     titles = [text.split(" = ")[0] for text in expressions]
     formulas = [text.split(" = ")[-1] for text in expressions]
     signs = ["+" if " - " in formula else "" for formula in formulas]
-    numbers = [[values(by_row(read(path)), formula) for formula in formulas] for path in paths]
+    rows = [by_row(json.loads(Path(path).read_text())) for path in paths]
+    numbers = [[values(each, formula) for formula in formulas] for each in rows]
     lines = [["teacher (seeds)", *titles]]
     for path, cells in zip(paths, numbers, strict=True):
         seeds = min(len(cell) for cell in cells)

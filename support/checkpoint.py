@@ -73,10 +73,9 @@ def load(path):
         # torchvision's training script saves its options as well: a Namespace of plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:                                # a folder, or a file that may not be read
-        raise
-    except Exception as error:                     # the unpickler raises nearly anything
-        kind = ("for the package safetensors: install it" if isinstance(error, ImportError) else
+    except Exception as error:                 # the unpickler raises nearly anything on bad input
+        kind = ("a folder or locked" if isinstance(error, IsADirectoryError | PermissionError) else
+                "for the package safetensors: install it" if isinstance(error, ImportError) else
                 "damaged, or holds code (a whole network, a TorchScript or exported program)")
         raise ValueError(f"{path} is {kind} (nothing in it was run); expected a student.pt, a "
                          "teacher.pt or a state dict") from error

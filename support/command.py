@@ -54,7 +54,7 @@ def load_teacher(cfg):
     """Return the teacher that the options name, frozen, with the image size that is used."""
     if cfg.teacher_weights:
         if cfg.teacher or not cfg.teacher_model:
-            raise ValueError("--teacher-weights needs --teacher-model, and no --teacher")
+            raise ValueError("--teacher-weights needs --teacher-model, and excludes --teacher")
         model = build_model(cfg.teacher_model, weights=cfg.teacher_weights)
     else:
         model = checkpoint.load_model(cfg.teacher, cfg.teacher_model)

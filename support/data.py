@@ -105,7 +105,7 @@ class Views(Dataset):
         """
         if index in self.sources:
             return self.sources[index]
-        # load_image decodes at twice self.size or more; MAX_SCALE, of the largest crop, is below 2.
+        # load_image decodes at twice self.size or more; crops are enlarged by MAX_SCALE at most.
         image = load_image(self.files[index], self.size, upright=not self.labelled)
         mask = self.labelled.mask(index) if self.labelled else None
         H, W = (round(MAX_SCALE * side) for side in self.size)

@@ -120,7 +120,7 @@ def open_labelled(dataset, root, split, size, num_classes=None, download=False):
         raise ValueError(f"{dataset} has {len(names)} classes, expected 2 to {IGNORE} with values "
                          f"below {IGNORE}; see --num-classes and classes.txt in docs/data.md")
     # Without sequences: ("",), with which every name begins.
-    pairs = [p for p in pairs if p[0].name.startswith(tuple(sequences.rstrip(",").split(",")))]
+    pairs = [p for p in pairs if p[0].name.startswith(tuple(sequences.strip(",").split(",")))]
     if not pairs:
         raise ValueError(f"{root} has no image in split {split!r}")
     # Official labelIds know no 255: a file with one holds train ids under a wrong name.
@@ -185,9 +185,11 @@ def read_class_names(path):
     """Return the lines of a classes.txt, the names of 0, 1, ...; [] without such a file.
 
     Empty lines and those that say void, in whatever case, become VOID. Lines of one name are one
-    class. Bytes that are no UTF-8 become question marks.
+    class. ValueError if it is no UTF-8.
     """
     text = path.read_text("utf-8-sig", "replace") if path.is_file() else ""
+    if {"\N{REPLACEMENT CHARACTER}", "\0"} & set(text):
+        raise ValueError(f"{path} is no UTF-8 text; save it again with this encoding")
     lines = [line.strip() for line in text.rstrip().splitlines()]
     return [VOID if line.lower() in ("", VOID) else line for line in lines]
 

@@ -85,7 +85,8 @@ def count_outputs(name, weights):
 def fit_weights(network, weights, path):
     """Load a state dict into a network, whatever prefix its keys have (module., _orig_mod. ...).
 
-    Keys without that prefix and auxiliary heads are left out, which is printed.
+    Keys without that prefix, and auxiliary heads that the network does not have, are left out,
+    which is printed.
     Raises ValueError with the first key that does not fit, and what was expected.
     """
     keys = list(network.state_dict())

@@ -34,8 +34,7 @@ def differences(cfg, recorded):
     recorded: {name: value}; an option that is not in it, because it is newer, had its default.
     """
     # By way of JSON, which makes a tuple a list.
-    options = asdict(cfg), asdict(type(cfg)()) | recorded
-    now, before = (json.loads(json.dumps(x)) for x in options)
+    now, before = (json.loads(json.dumps(x)) for x in (asdict(cfg), asdict(type(cfg)()) | recorded))
     return [f"{name}: {before[name]!r}, now {value!r}" for name, value in now.items()
             if name not in NEUTRAL and before[name] != value]
 

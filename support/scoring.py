@@ -42,8 +42,8 @@ def score_file(teacher, layers, pool, cfg):
     stats = [(s.st_size, s.st_mtime) for s in map(os.stat, filter(os.path.exists, paths))]
     root = Path(__file__).parents[1]
     files = sorted([*root.glob("*.py"), *root.glob("support/*.py")])
-    files += [Path(teacher.name.rpartition(":")[0])] if ":" in teacher.name else []
-    code = [path.read_text() for path in files]
+    files += filter(Path.is_file, [Path(teacher.name.rpartition(":")[0])])      # FILE.py:FUNCTION
+    code = [path.read_bytes().hex() for path in files]
     sampling = getattr(cfg, "sampling", "nearest")                       # absent in `main`
     settings = (sampling, cfg.metric, cfg.match_colours, cfg.seed if sampling == "random" else 0)
     content = (checkpoint.fingerprint(teacher), repr(teacher), teacher.multiple, list(layers),

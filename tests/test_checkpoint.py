@@ -72,14 +72,13 @@ def test_a_file_of_another_program_is_named_for_what_it_is(tmp_path):
     torch.jit.trace(network, x).save(tmp_path / "script.pt")
     torch.export.save(torch.export.export(network, (x,)), tmp_path / "exported.pt2")
     program = r".*holds code \(a whole network, a TorchScript or exported program\)"
-    for name in ("script.pt", "exported.pt2"):
-        with pytest.raises(ValueError, match=f"{name} is {program} .*expected a student.pt, a t"):
-            load_model(tmp_path / name, "resnet_tiny")
-    with pytest.raises(OSError, match=f"directory: '{tmp_path}'"):
-        load_model(tmp_path, "resnet_tiny")
+    for path, kind in ((tmp_path / "script.pt", program), (tmp_path, "a folder or locked"),
+                       (tmp_path / "exported.pt2", program)):
+        with pytest.raises(ValueError, match=f"{path.name} is {kind} .*expected a student.pt, a t"):
+            load_model(path, "resnet_tiny")
 
 
-@pytest.mark.parametrize("content", [0, 100, -200, b"GIF89a", b"\x80\x02", b"}q", b"I1\na"])
+@pytest.mark.parametrize("content", [0, 100, 30_000, -200, b"GIF89a", b"\x80\x02", b"}q", b"I1\na"])
 def test_a_truncated_file_or_one_of_another_kind_is_one_clear_sentence(saved, content):
     whole = saved.read_bytes()
     saved.write_bytes(whole[:content] if isinstance(content, int) else content)

@@ -261,7 +261,7 @@ BAD_INPUTS = {
     "--dataset scenes --data-root ": "--dataset is missing",
     "--dataset none --pool dark": "no image held out for agreement can be read, such as dark",
     "--data-root bad": r"01.png holds the label values \[9\]",
-    "--teacher-weights DEFAULT": "--teacher-weights needs --teacher-model, and no --teacher",
+    "--teacher-weights DEFAULT": "--teacher-weights needs --teacher-model, and excludes --teacher",
     "--student-model nets.py:unet --student-weights imagenet": "unet loads its own weights"}
 
 

@@ -55,12 +55,13 @@ def test_rows_get_their_numbers_and_their_paths(tmp_path, inside):
     (root / inside).mkdir(parents=True)
     common = ["--data-root", str(root), "--pool=my pool/"]
     for preset, row, original, words in (
-            ("length", "nearest (ADS), 600", "", ["--schedule", "uniform", "--steps", "600"]),
-            ("headline", "original", "", ["--pool", str(root / inside)]),
-            ("headline", "original", "a.csv", ["--pool", "a.csv"]),
-            ("street", " 0 ", "", ["--pool", "my pool-0"]),
-            ("length", "nothing; recipe, 600", "", ["--metric", "kl", "--match-colours"]),
-            ("selection", "centre", "", ["--pool", "my runs/k-centre/chosen.csv"])):
+            ("length", "nearest (ADS), 600 updates", "",
+             ["--schedule", "uniform", "--steps", "600"]),
+            ("headline", "original images", "", ["--pool", str(root / inside)]),
+            ("headline", "original images", "a.csv", ["--pool", "a.csv"]),
+            ("street", "nearest, 0 street views", "", ["--pool", "my pool-0"]),
+            ("length", "nothing; recipe, 600 updates", "", ["--metric", "kl", "--match-colours"]),
+            ("selection", "k-centre", "", ["--pool", "my runs/k-centre/chosen.csv"])):
         cfg = compare.Config(preset=preset, rows=row, common=shlex.join(common), original=original)
         (found,) = compare.choose_rows(cfg, "my runs").values()
         assert found[:len(common + words)] == common + words

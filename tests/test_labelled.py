@@ -35,7 +35,7 @@ def test_camvid_is_read_with_its_void_and_by_sequence(tmp_path):
     for image, target in data:
         assert image.shape == (3, 4, 12) and image.dtype == torch.uint8
         assert target.tolist() == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 255]]
-    for split in ("train:0001TP,0016E5", "train:0001TP,0016E5,"):
+    for split in ("train:0001TP,0016E5", "train:,0001TP,0016E5,"):
         part = open_labelled("camvid", tmp_path, split, (4, 12))
         assert [path.name[:6] for path in part.images] == ["0001TP", "0016E5"]
     with pytest.raises(ValueError, match="no image in split 'train:0005VD'"):
@@ -119,12 +119,14 @@ def test_a_classes_txt_names_the_values_with_void_wherever_it_is(tmp_path):
     assert merged.table[:6].tolist() == [0, 255, 1, 255, 0, -1] and merged.table[255] == 255
 
 
-def test_a_classes_txt_from_windows_is_read_and_also_one_that_is_no_utf_8(tmp_path):
+def test_a_classes_txt_from_windows_is_read_and_one_that_is_no_utf_8_is_named(tmp_path):
     (tmp_path / "classes.txt").write_text("\ufeffVoid\r\nroad\r\nsky\r\n", encoding="utf-8")
     data = labelled(tmp_path, [0, 1, 2])
     assert data.class_names == ["road", "sky"] and data[0][1].tolist() == [[255, 0, 1]]
-    (tmp_path / "classes.txt").write_text("rue\nforêt\n", encoding="latin-1")
-    assert labelled(tmp_path, [0, 1]).class_names == ["rue", "for\N{REPLACEMENT CHARACTER}t"]
+    for encoding in ("latin-1", "utf-16"):
+        (tmp_path / "classes.txt").write_text("rue\nforêt\n", encoding=encoding)
+        with pytest.raises(ValueError, match=r"classes\.txt is no UTF-8 text; save it again"):
+            labelled(tmp_path, [0, 1])
 
 
 def test_masks_of_8_bits_have_room_for_2_to_255_classes(tmp_path):

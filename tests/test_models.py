@@ -143,7 +143,7 @@ def test_mobilenet_v2_without_its_last_stride_keeps_what_each_pixel_sees():
     # torchvision's own, at stride 32, and ours look at the same pixels: every second one agrees.
     torch.manual_seed(0)
     coarse, fine = torchvision.models.mobilenet_v2().features[:-1], mobilenet_v2_features(None)
-    fine.load_state_dict(coarse.state_dict())
+    fine.features.load_state_dict(coarse.state_dict())
     x = images(1, 3, 96, 96)
     with torch.inference_mode():
         theirs, ours = coarse.eval()(x), fine.eval()(x)[..., ::2, ::2]

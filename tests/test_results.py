@@ -19,6 +19,10 @@ GENERATED = r"<!-- (table|teachers|teachers transposed): ([^>]*?) -->\n((?:\|.*\
 CLAIMS = list(csv.DictReader((RESULTS / "claims.csv").open()))
 
 
+def read(path):
+    return json.loads(Path(path).read_text())
+
+
 def runs(row, numbers):
     return [{"row": row, "seed": seed, "student_miou": number / 100}
             for seed, number in enumerate(numbers)]
@@ -95,7 +99,7 @@ def load(names):
             every += [{"row": f"{group}: {row}", "seed": int(seed), "student_miou": float(x) / 100}
                       for group, row, seed, x, *_ in lines]
         else:
-            every += tables.read(RESULTS / name)["runs"]
+            every += read(RESULTS / name)["runs"]
     return by_row({"runs": every})
 
 
@@ -133,14 +137,14 @@ def test_every_generated_table_follows_from_its_records():
     for kind, words, text in found:
         names, *options = (word.strip() for word in words.split(";"))
         paths = [REPOSITORY / name for name in names.split()]
-        expected = (table(tables.read(paths[0]), *options) if kind == "table"
+        expected = (table(read(paths[0]), *options) if kind == "table"
                     else tables.teachers(paths, options, kind.endswith("transposed")))
         assert text == expected + "\n", names
 
 
 def teacher_miou(name):
     """Return the mIoU of a record's teacher in percent."""
-    return 100 * tables.read(RESULTS / f"{name}.json")["runs"][0]["teacher_miou"]
+    return 100 * read(RESULTS / f"{name}.json")["runs"][0]["teacher_miou"]
 
 
 def test_the_teachers_table_has_the_records_numbers():
@@ -162,7 +166,7 @@ def test_the_pools_have_the_sizes_that_the_page_prints():
     assert [f"{n:,}" for n in (len(kinds), *counts)] == re.findall(r"[\d,]+\d", PAGE[PAGE.index(
         "The pool has"):])[:6]
     for name, size in (("facades", "2,667"), ("gpu/camvid_full", "1,728")):
-        runs_of = tables.read(RESULTS / f"{name}.json")["runs"]
+        runs_of = read(RESULTS / f"{name}.json")["runs"]
         assert f"{runs_of[0]['pool_images']:,}" == size and size in PAGE
 
 
