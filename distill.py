@@ -109,7 +109,7 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     #    here, once. With 0, each step draws new views and runs the teacher.
     optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, weight_decay=0.01, fused=True)
     scheduler = warmup_poly(optimizer, cfg.steps)     # 50 steps up, then (1 - step/steps)^0.9
-    # It resumes from a state in `out`, if that is of the same teacher, student, size and options.
+    # A state in `out` is resumed if it has the same teacher, student, size and options.
     trainer = Training(student, optimizer, scheduler, cfg, out, resume_with=(teacher, size))
     # Logits are compared at max(student's size, min(teacher's size, H/4 x W/4)).
     logit_size = comparison_size(teacher, student, size)                                  # (h, w)
@@ -118,8 +118,8 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     cache = TeacherCache(teacher_pass, views, cfg, device, out) if cfg.views else None
     weights = weights.to(device)
     batches = Batches(views, cfg.batch_size, cache)
-    # Each epoch has every selected photo once, with its next view, in a new random order. step
-    # starts where a resumed run stopped. index (B,): into `selected`.
+    # An epoch has every selected photo once, in random order, each with its next view. A resumed
+    # run starts at a later step. index (B,): into `selected`.
     for step, images, index, teacher_logits in trainer.batches(batches):
         if teacher_logits is None:
             teacher_logits = teacher_pass(images)                                  # (B, K, h, w)

@@ -74,7 +74,7 @@ def load(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                 # the unpickler raises nearly anything on bad input
-        kind = ("a folder or locked" if isinstance(error, IsADirectoryError | PermissionError) else
+        kind = ("not a readable file" if isinstance(error, IsADirectoryError | PermissionError) else
                 "for the package safetensors: install it" if isinstance(error, ImportError) else
                 "damaged, or holds code (a whole network, a TorchScript or exported program)")
         raise ValueError(f"{path} is {kind} (nothing in it was run); expected a student.pt, a "

@@ -72,7 +72,7 @@ def test_a_file_of_another_program_is_named_for_what_it_is(tmp_path):
     torch.jit.trace(network, x).save(tmp_path / "script.pt")
     torch.export.save(torch.export.export(network, (x,)), tmp_path / "exported.pt2")
     program = r".*holds code \(a whole network, a TorchScript or exported program\)"
-    for path, kind in ((tmp_path / "script.pt", program), (tmp_path, "a folder or locked"),
+    for path, kind in ((tmp_path / "script.pt", program), (tmp_path, "not a readable file"),
                        (tmp_path / "exported.pt2", program)):
         with pytest.raises(ValueError, match=f"{path.name} is {kind} .*expected a student.pt, a t"):
             load_model(path, "resnet_tiny")

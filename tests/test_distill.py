@@ -253,6 +253,17 @@ def test_pretrained_students_keep_imagenets_normalisation(monkeypatch):
     assert pretrained["weights_backbone"] == "DEFAULT"
 
 
+def test_a_named_teacher_needs_its_labels_and_published_weights_their_network(
+        pool_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in (["--teacher-model", "resnet_tiny"], ["--teacher-weights", "DEFAULT"]):
+        with pytest.raises(ValueError, match="--dataset is missing"):       # nothing is drawn
+            distill.main(words)
+    with pytest.raises(ValueError, match="--teacher-weights needs --teacher-model"):
+        distill.main(["--teacher-weights", "DEFAULT", "--dataset", "none", "--pool",
+                      str(pool_folder)])
+
+
 BAD_INPUTS = {
     "--pool nowhere": "there is no folder nowhere", "--pool ": "--pool is missing",
     "--metric l1": "--metric takes one of l2, kl; got 'l1'",

@@ -174,3 +174,8 @@ def test_what_does_not_fit_together_is_refused_before_any_download(monkeypatch, 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", None)             # calling it fails
     with pytest.raises(ValueError, match=message):
         build_model(**arguments)
+
+
+def test_more_classes_than_a_mask_has_values_are_refused():
+    with pytest.raises(ValueError, match="has 300 classes.*at most 255"):
+        wrap(nn.Conv2d(3, 300, 1), num_classes=300)
