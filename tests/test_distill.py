@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -24,7 +23,7 @@ import distill
 import evaluate
 import train_teacher
 from models import SegmentationModel, build_model
-from support import checkpoint, command, scenes, scoring
+from support import checkpoint, command, scenes, scoring, training
 from support.images import read_csv
 from support.options import one_sentence
 
@@ -133,36 +132,43 @@ def test_neither_labels_nor_loader_workers_change_the_student(world, tmp_path, m
 
 def killed(module, name, call, words):
     """Run distill.py in a process that kills itself in the n-th call of a function of a module."""
-    def effect(*_):
-        if deadly.call_count == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return DEFAULT
+    # A new process, not a fork: after a backward pass in several threads, autograd refuses forks.
+    code = f"""
+import os, signal, sys
+from unittest.mock import DEFAULT, Mock
+from support import figures, scoring, training
+import distill, torch
 
-    deadly = Mock(wraps=getattr(module, name), side_effect=effect)
+def effect(*_):
+    if deadly.call_count == {call}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return DEFAULT
 
-    def work():
-        setattr(module, name, deadly)                             # in the child process only
-        distill.main(words)
+deadly = Mock(wraps={module}.{name}, side_effect=effect)
+{module}.{name} = deadly
+scoring.STORE, training.SAVE_EVERY = scoring.Path({str(scoring.STORE)!r}), {training.SAVE_EVERY}
+figures.run_figure = Mock()
+torch.set_num_threads(1)
+distill.main(sys.argv[1:])
+"""
+    root = Path(distill.__file__).parent
+    process = subprocess.run([sys.executable, "-c", code, *words], cwd=root)
+    assert process.returncode == -signal.SIGKILL
 
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
 
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
 def test_a_run_killed_anywhere_resumes_to_the_same_student(world, tmp_path, monkeypatch):
     monkeypatch.setattr("support.training.SAVE_EVERY", 2)
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     run(world, "--steps", 6, "--views", 3, out=whole)
     monkeypatch.setattr("support.scoring.STORE", tmp_path / "scores")
     resume = ["--resume", "--out", str(torn)]
-    killed(scoring, "as_input", 2, options(world, torn, "--steps", 6, "--views", 3))
+    killed("scoring", "as_input", 2, options(world, torn, "--steps", 6, "--views", 3))
     (path,) = (tmp_path / "scores").iterdir()
     assert np.isfinite(np.fromfile(path, np.float32)).tolist() == [True] * 16 + [False] * 24
-    killed(distill, "compute_teacher_logits", 4, resume)
+    killed("distill", "compute_teacher_logits", 4, resume)
     assert chosen(torn) == chosen(whole) and not (torn / "state.pt").exists()
-    killed(distill, "weighted_loss", 6, resume)
+    killed("distill", "weighted_loss", 6, resume)
     assert checkpoint.load(torn / "state.pt")["step"] == 4
     loss = Mock(wraps=distill.weighted_loss)
     monkeypatch.setattr(distill, "weighted_loss", loss)

@@ -123,6 +123,8 @@ def test_sigterm_is_an_interruption_which_has_its_exit_code(capsys):
     (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), "out of memory; lower"),
     (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "too many open files; raise `ulimit -n`"),
     (RuntimeError("unable to open shared memory object: Too many open files (24)"), "too many op"),
+    (ValueError("Caught ValueError in DataLoader worker process 0.\nOriginal Traceback:\n  at x\n"
+                "ValueError: a.png is broken\n"), "a.png is broken"),
     (RuntimeError("DataLoader worker (pid 9) is killed by signal: Killed"),
      "a process that loads images died; use fewer --workers"),
     (RuntimeError("nll_loss2d does not have a deterministic implementation"),

@@ -34,6 +34,11 @@ def test_a_teacher_learns_and_its_checkpoint_holds_classes_size_and_statistics(o
     assert set(os.listdir(tmp_path / "t")) == {"config.json", "metrics.json", "teacher.pt"}
 
 
+def test_a_folder_without_parts_is_taken_as_it_is(owner, tmp_path):
+    words = "--data-root", owner / "val", "--split", "", "--steps", 1, "--out", tmp_path / "t"
+    assert train(owner, *words)["images"] == 2
+
+
 def test_no_option_of_training_is_ignored(owner, tmp_path):
     teachers = set()
     for words in ("--seed 0", "--seed 1", "--lr 0.05", "--batch-size 2", "--steps 2",
