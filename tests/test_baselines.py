@@ -1,13 +1,15 @@
-"""experiments/baselines.py and tiles.py: other selections, and photos in tiles."""
+"""experiments/baselines.py and tiles.py of results/notes.md: other selections, photos in tiles."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 from bn_stats import bn_distance, bn_layers, capture_bn_inputs, image_distances
-from experiments import baselines, tiles
+from experiments import baselines
 from models import freeze
 from support import checkpoint
 from support.data import Pool
@@ -28,9 +30,9 @@ def words(world):
     return f"--teacher {world}/teacher.pt --device cpu "
 
 
-def pictures(files):
+def pictures(files, size=SIZE):
     """Return the views of images in which they are scored: (N, 3, H, W), uint8."""
-    pool = Pool(files, SIZE)
+    pool = Pool(files, size)
     return torch.stack([pool.view(i) for i in range(len(pool))])
 
 
@@ -96,29 +98,40 @@ def test_the_program_lists_what_it_selects(teacher, words, tmp_path, pool_folder
                 "k-centre": baselines.k_centre([*captured.values()][-1][0], 5),
                 "herding": baselines.herding(captured, bn_layers(teacher), 5)}[method]
     assert files == [readable[i] for i in expected]
-    with pytest.raises(ValueError, match="budget must be between 1 and 27"):
+    with pytest.raises(ValueError, match="27 images have a finite distance"):
         baselines.main(f"{words} --budget 28 --out {tmp_path}/more".split())
 
 
-def test_tiles_are_those_of_the_image_in_another_order():
+def make_tiles(monkeypatch, *words):
+    """Run tiles.py, which stands in results/notes.md; return its names."""
+    notes = (Path(baselines.__file__).parents[1] / "results" / "notes.md").read_text()
+    (code,) = re.findall(r"```python\n(# tiles\.py.*?)```", notes, re.DOTALL)
+    monkeypatch.setattr("sys.argv", ["tiles.py", *map(str, words)])
+    names = {}
+    exec(code, names)
+    return names
+
+
+def test_tiles_are_those_of_the_image_in_another_order(pool_folder, tmp_path, monkeypatch):
     def cut(image):
         return [image[:, y:y + 3, x:x + 4] for y in range(0, 12, 3) for x in range(0, 16, 4)]
 
+    tiles = make_tiles(monkeypatch, pool_folder, 1, tmp_path / "out")
     torch.manual_seed(0)
     image = torch.rand(3, 13, 18)                                       # 12x16 of it in 4x4 tiles
-    shuffled = tiles.shuffle_tiles(image, 4)
+    shuffled = tiles["shuffle_tiles"](image, 4)
     order = [next(i for i, tile in enumerate(cut(image)) if torch.equal(tile, piece))
              for piece in cut(shuffled)]
     assert shuffled.shape == (3, 12, 16) and sorted(order) == list(range(16)) != order
 
 
-def test_tiles_of_a_list_of_photos_are_written_in_its_order(pool_folder, tmp_path):
+def test_tiles_of_a_list_of_photos_are_written_in_its_order(pool_folder, tmp_path, monkeypatch):
     files, made = [pool_folder / "03.png", pool_folder / "01.png"], []
     (tmp_path / "list.csv").write_text(f"file\n{files[0]}\n{files[1]}\n")
-    words = f"--images {tmp_path}/list.csv --image-size 64 96"
     for i, grid in enumerate((1, 4, 4)):
-        tiles.main(f"{words} --grid {grid} --out {tmp_path}/{i}".split())
-        made.append(pictures(find_images(tmp_path / str(i))))
-    assert Image.open(tmp_path / "0/0001.png").size == (96, 64)
-    whole, cut = ((pictures(files).float() - images).abs().mean() for images in made[:2])
+        make_tiles(monkeypatch, tmp_path / "list.csv", grid, tmp_path / str(i))
+        made.append(pictures(find_images(tmp_path / str(i)), (192, 256)))
+    assert Image.open(tmp_path / "0/0001.png").size == (256, 192)
+    photos = pictures(files, (192, 256)).float()
+    whole, cut = ((photos - images).abs().mean() for images in made[:2])
     assert whole < 4 < cut and torch.equal(made[1], made[2])          # they depend on the seed

@@ -22,8 +22,7 @@ RESULTS = (REPOSITORY / "results" / "README.md").read_text()
 DOCS = {path.name: path.read_text() for path in sorted(REPOSITORY.glob("docs/*.md"))}
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 PROGRAMS = ["distill.py", "train_teacher.py", "export.py", "evaluate.py", "support.scoring",
-            "experiments.compare", "experiments.benchmark", "experiments.tiles",
-            "experiments.baselines"]
+            "experiments.compare", "experiments.benchmark", "experiments.baselines"]
 
 
 def module(program):
