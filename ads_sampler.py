@@ -50,9 +50,9 @@ import torch
 def score_pool(score_batch, loader):
     """Return the score of every image of a pool, in the loader's order: (N,), float32, on the CPU.
 
-    score_batch: maps one batch of `loader` to scores (B,). Only the scores are kept: the memory
-    needed is one batch and N numbers. For a progress bar: score_pool(f, tqdm(loader)).
-    ValueError for scores of another shape, or an empty loader.
+    score_batch: maps one batch of `loader` to scores (B,), one for each image. Only the scores are
+    kept: the memory needed is one batch and N numbers. For a progress bar: score_pool(f,
+    tqdm(loader)). ValueError for scores of another shape, or an empty loader.
     """
     scores = []
     for batch in loader:
@@ -72,13 +72,14 @@ def sample(distances, budget):
     never selected. Ties go by pool order, hence the selection is reproducible.
     ValueError for anything but floating-point (N,), or a budget beyond the finite distances.
     """
-    if distances.dim() != 1 or not distances.is_floating_point():
-        raise ValueError("expected one floating-point distance per image, (N,); got "
-                         f"{distances.dtype} {tuple(distances.shape)}: sum over layers first")
+    if not torch.is_tensor(distances) or distances.dim() != 1 or not distances.is_floating_point():
+        raise ValueError("expected one floating-point distance per image, (N,), summed over layers;"
+                         f" got {getattr(distances, 'dtype', type(distances))} "
+                         f"{getattr(distances, 'shape', '')}")
     finite = distances.isfinite().nonzero().squeeze(1)                 # indices into the pool
     if not 1 <= budget <= len(finite):
-        raise ValueError(f"the budget must be between 1 and {len(finite)}, the number of images "
-                         f"with a finite distance; got {budget}")
+        raise ValueError(f"{len(finite)} images have a finite distance; the budget must be between "
+                         f"1 and this number; got {budget}")
     order = distances[finite].sort(stable=True).indices                # stable: ties by pool order
     return finite[order[:budget]]                                      # (budget,)
 

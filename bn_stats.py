@@ -31,8 +31,8 @@ Use it
     import torch, torchvision
     from bn_stats import image_distances
     teacher = torchvision.models.resnet18(weights=None).eval()      # yours: a trained network
-    photos = torch.rand(8, 3, 96, 128)                              # yours: RGB in [0, 1]
-    images = (photos - 0.45) / 0.225                                # normalised as in its training
+    photos = torch.rand(8, 3, 96, 128)              # yours: RGB in [0, 1], all of its training size
+    images = (photos - 0.45) / 0.225                # normalised as in its training
     distances = image_distances(teacher, images)                    # (8,), small: similar
 
 Run it
@@ -97,8 +97,8 @@ def capture_bn_inputs(model, layers=None):
     Each pass clears `captured` first. Only a layer's first call is recorded; 1x1 maps are left out.
     """
     layers = layers if isinstance(layers, dict) else select_layers(bn_layers(model), layers)
-    if any(layer.training for layer in layers.values()):
-        raise ValueError("a BatchNorm layer is in training mode; call model.eval() first")
+    if any(module.training and not [*module.children()] for module in model.modules()):
+        raise ValueError("a part of the model is in training mode; call model.eval() first")
     captured, called = {}, set()
 
     def clear(*_):
@@ -150,7 +150,8 @@ def select_layers(layers, spec=None):
     a, b = round(n / 3), round(2 * n / 3)
     presets = {"all": names, "early": names[:a], "middle": names[a:b], "late": names[b:],
                **{str(i): [names[i]] for i in range(-n, n)}}
-    for item in map(str, spec.split(",") if isinstance(spec, str) else spec or ["all"]):
+    spec = ["all"] if spec is None else [spec] if isinstance(spec, int) else spec
+    for item in map(str.strip, spec.split(",") if isinstance(spec, str) else map(str, spec)):
         matches = presets.get(item) or [k for k in names if f"{k}.".startswith(f"{item}.")]
         if not matches:
             raise ValueError(f"no BatchNorm layer matches {item!r}; expected all, early, middle, "
@@ -181,8 +182,7 @@ def demo():
     example = nn.BatchNorm2d(2, eps=1e-12).eval()
     example.running_mean, example.running_var = torch.tensor([0.0, 1]), torch.tensor([1.0, 5])
     torch.manual_seed(0)
-    # The variance is 1 within an image, and 1 between images.
-    train = torch.randn(2000, 8, 16, 16) + torch.randn(2000, 8, 1, 1)
+    train = torch.randn(2000, 8, 16, 16) + torch.randn(2000, 8, 1, 1)      # within, between images
     layer = nn.BatchNorm2d(8, momentum=1.0)
     layer(train)                                                     # fills the running statistics
     for name, network, images in (

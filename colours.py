@@ -43,6 +43,7 @@ Use it
     bn = teacher.bn1
     mean, cov = colour_target(response, bn.running_mean, bn.running_var, size=(96, 128))
     photos = match_colours(torch.rand(8, 3, 96, 128), mean, cov)         # (B, 3, H, W), in [0, 1]
+    logits = teacher((photos - 0.45) / 0.225)                            # normalise afterwards
 
 Run it
     python colours.py         (CPU, a second: estimates the training colours, applies them)
@@ -76,14 +77,21 @@ def transfer(images, mean, cov, floor=1e-3):
 def apply_colours(images, maps):
     """Return T x + offset, clamped to [0, 1]: (B, 3, H, W), (B, 3, 4) -> (B, 3, H, W)."""
     matrix, offset = maps[:, :, :3], maps[:, :, 3]
+    matrix, offset = matrix.to(images), offset.to(images)
     return (torch.einsum("bij,bjhw->bihw", matrix, images) + offset[..., None, None]).clamp(0, 1)
 
 
 def match_colours(images, mean, cov):
     """Return images with colour mean (3,) and covariance (3, 3): (B, 3, H, W) -> same, in [0, 1].
 
-    Each image is changed on its own. Clamping and the floor of `transfer` make it approximate.
+    images: RGB, finite, in [0, 1]; normalise them afterwards. Each is changed on its own. Clamping
+    and the floor of `transfer` make it approximate. ValueError for another shape, type or range.
     """
+    # Not 0 and 1: antialiased resizing leaves this range a little.
+    if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point() or (
+            images.min() < -0.5 or images.max() > 1.5):
+        raise ValueError("expected RGB floats (B, 3, H, W) in [0, 1], not normalised; got "
+                         f"{images.dtype} {tuple(images.shape)}")
     return apply_colours(images, transfer(images, mean, cov))
 
 

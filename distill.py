@@ -69,9 +69,10 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     """Distil one segmentation network into another on unlabelled photos: the Python API.
 
     teacher, student: modules on one device, from RGB in [0, 1] to logits of the same classes (see
-    `models.wrap`); the teacher is frozen for good, the student trained in place. pool: a folder or
-    a list of files. size: (H, W). out: a folder for records; a second call with the same arguments
-    and initial weights resumes an interrupted run. Returns the dict `result` below and "curve".
+    `models.wrap`, also for normalisation); the teacher is frozen for good, the student trained in
+    place. pool: a folder or a list of files. size: (H, W). cfg: of its options, those that name
+    files and a device do nothing here. out: a folder for records; a second call with the same
+    arguments and initial weights resumes an interrupted run. Returns `result` below, and "curve".
     """
     cfg = with_defaults(cfg or Config(), **DEFAULTS)
     out, timer = Path(out) if out else None, records.Timer()
@@ -172,6 +173,8 @@ def run(cfg, out):
     teacher, files, eval_data = command.open_inputs(cfg, out)
     timer("scenes and teacher")
     student = command.build_student(cfg, teacher)
+    # An image of a size that a network cannot take should fail now, not after the training.
+    evaluate(student, [next(iter(eval_data))], teacher.num_classes, reference=teacher)
     result = distill(teacher, student, files, teacher.image_size, cfg, out)
     if cfg.dry_run:
         return command.report_dry_run(result, teacher, cfg, out)

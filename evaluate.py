@@ -7,7 +7,8 @@ Idea
     with the second network's masks instead of labels.
 
 Equation
-    IoU_k = M_kk / (sum_j M_kj + sum_i M_ik - M_kk),     mIoU = mean of IoU_k over present classes
+    IoU_k = M_kk / (sum_j M_kj + sum_i M_ik - M_kk),     mIoU = mean of IoU_k
+    over the classes that occur: a class that is only predicted counts as 0
 
 Symbols
     B images, K classes, H W pixels.  M (K, K): rows are truth, columns are predictions.
@@ -61,8 +62,12 @@ def mean_iou(matrix):
 
 
 def predict(model, images, size):
-    """Return the class of each pixel at `size` = (h, w): (B, 3, H, W) -> (B, h, w), int64."""
-    logits = model(images)                                                # (B, K, of any size)
+    """Return the class of each pixel at `size` = (h, w): (B, 3, H, W) -> (B, h, w), int64.
+
+    model: returns logits (B, K, any size), K >= 2, or {"out": logits} as torchvision's networks do.
+    """
+    logits = model(images)
+    logits = logits["out"] if isinstance(logits, dict) else logits        # (B, K, of any size)
     return F.interpolate(logits.float(), tuple(size), mode="bilinear").argmax(dim=1)
 
 
@@ -85,14 +90,14 @@ def evaluate(model, loader, num_classes, reference=None, device=None, ignore_ind
         images = images.float() / 255 if images.dtype == torch.uint8 else images
         size = images.shape[-2:] if targets is None else targets.shape[-2:]
         if reference is None:
-            truth = targets.to(device)                                             # (B, h, w)
+            truth = targets.to(device).long()                                      # (B, h, w)
             check_values("target", truth[truth != ignore_index], K)
         else:
             truth = predict(reference.eval(), images, size).clamp(max=K)
-            if targets is not None:
-                truth[targets.to(device) == ignore_index] = ignore_index
+        if targets is not None:
+            truth = truth.masked_fill(targets.to(device) == ignore_index, -1)
         prediction = predict(model, images, size).clamp(max=K)                     # (B, h, w)
-        matrix += confusion_matrix(prediction, truth, K + 1, ignore_index)
+        matrix += confusion_matrix(prediction, truth, K + 1, ignore_index=-1)
     matrix = matrix.cpu()
     iou = mean_iou(matrix)[1][:K]
     return {"miou": iou.nanmean().item(), "iou": iou, "matrix": matrix[:K, :K],

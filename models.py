@@ -19,7 +19,7 @@ Use it
     mine = wrap(network, mean=IMAGENET_MEAN, std=IMAGENET_STD, multiple=32)
 """
 
-import types
+import functools
 from collections import OrderedDict
 
 import torch
@@ -213,6 +213,11 @@ def build_model(name, num_classes=None, weights=None, weights_backbone=None, **m
     return SegmentationModel(net, name, num_classes, **more)
 
 
+def stay(module, mode=True):
+    """Return a module as it is, instead of `train`."""
+    return module
+
+
 def freeze(model):
     """Return `model` in eval mode, without gradients, and unable to leave that mode.
 
@@ -221,5 +226,5 @@ def freeze(model):
     """
     model.eval().requires_grad_(False)
     for module in model.modules():
-        module.train = types.MethodType(lambda self, mode=True: self, module)
+        module.train = functools.partial(stay, module)
     return model

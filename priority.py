@@ -62,8 +62,9 @@ def sample_weights(distances, method="minmax"):
     other images are in the batch. If all distances are equal, all weights are 1.
     ValueError for another shape, no image, a distance that is not finite, or another method.
     """
-    if distances.dim() != 1 or len(distances) == 0:
-        raise ValueError(f"expected distances (N,), at least one; got {tuple(distances.shape)}")
+    if distances.dim() != 1 or len(distances) == 0 or not distances.is_floating_point():
+        raise ValueError("expected floating-point distances (N,), at least one; got "
+                         f"{distances.dtype} {tuple(distances.shape)}")
     if not torch.isfinite(distances).all():
         raise ValueError("distances must be finite; leave out images that have no finite distance")
     if method == "rank":
@@ -98,8 +99,12 @@ def weighted_loss(losses, weights, mean_weight):
 
     mean_weight: the mean over the whole selected set. Dividing by it makes the weights average 1
     over an epoch, so losses are comparable between schedules. Dividing by the mean of the batch
-    instead would give a batch of far images as large a loss as a batch of near ones.
+    instead would give a batch of far images as large a loss as a batch of near ones. If gradients
+    of several batches are added up, divide the loss by their number. ValueError for other shapes.
     """
+    if losses.dim() != 1 or losses.shape != weights.shape:
+        raise ValueError("expected one loss and one weight per image, (B,) each; got "
+                         f"{tuple(losses.shape)} and {tuple(weights.shape)}")
     return (weights * losses).mean() / mean_weight
 
 

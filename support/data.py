@@ -19,6 +19,7 @@ Use it
 
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -60,8 +61,8 @@ class Pool(Dataset):
 
 
 def open_pool(pool, teacher, size, match_colours=False):
-    """Return the `Pool` of a folder or a list of files, with matched colours if asked for."""
-    files = pool if isinstance(pool, list) else find_images(pool)
+    """Return the `Pool` of a folder or a sequence of files, with matched colours if asked for."""
+    files = find_images(pool) if isinstance(pool, str | Path) else list(pool)
     return Pool(files, size, colour_matcher(teacher, size) if match_colours else None)
 
 

@@ -166,6 +166,7 @@ CAUSES = {
     "DataLoader worker (pid": "a process that loads images died; use fewer --workers, or 0",
     "not enough memory": "out of memory; lower --batch-size, --image-size or --views",
     "out of memory": "out of memory; lower --batch-size, --image-size or --views",
+    "must match": "a network cannot take this image size; give it `multiple` (docs/networks.md)",
     "Too many open files": "too many open files; raise `ulimit -n`, or use fewer --workers",
     "deterministic implementation": "a network cannot be computed so; leave out --deterministic"}
 

@@ -110,7 +110,8 @@ def write_selection(out, result):
     """
     files = [str(path) for path in result["files"]]
     if (out / "state.pt").exists() and files != [r[0] for r in read_csv(out / "chosen.csv")[1:]]:
-        raise ValueError(f"{out} began with other images of the pool; restore those in chosen.csv")
+        raise ValueError(f"{out} began with the images in chosen.csv; restore pool and options, or "
+                         "choose another folder")
     write_csv(out / "chosen.csv", ("file", "distance", "weight"), zip(
         files, result["distances"].tolist(), result["weights"].tolist(), strict=True))
     before = read_csv(out / "skipped.csv")[1:] if (out / "skipped.csv").exists() else []

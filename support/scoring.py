@@ -16,6 +16,7 @@ Use it (the options are those of distill.py, which then reads these scores)
 import hashlib
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -36,14 +37,17 @@ def score_file(teacher, layers, pool, cfg):
     """Return the path of the scores of this teacher, this pool and these options.
 
     A photo counts as the same if path, size in bytes and time of change are. The name also depends
-    on the code, that of a teacher's Python file included: whoever changes it gets new scores.
+    on the code of this repository and on the files that define the teacher: whoever changes them
+    gets new scores.
     """
     paths = [os.path.realpath(path) for path in pool.files]
     stats = [(s.st_size, s.st_mtime) for s in map(os.stat, filter(os.path.exists, paths))]
     root = Path(__file__).parents[1]
     files = sorted([*root.glob("*.py"), *root.glob("support/*.py")])
-    files += filter(Path.is_file, [Path(teacher.name.rpartition(":")[0])])      # FILE.py:FUNCTION
-    code = [path.read_bytes().hex() for path in files]
+    modules = {sys.modules.get(type(module).__module__) for module in teacher.modules()}
+    defining = sorted({getattr(module, "__file__", None) or "" for module in modules})
+    files += map(Path, [teacher.name.rpartition(":")[0], *defining])            # FILE.py:FUNCTION
+    code = [path.read_bytes().hex() for path in files if path.is_file()]
     sampling = getattr(cfg, "sampling", "nearest")                       # absent in `main`
     settings = (sampling, cfg.metric, cfg.match_colours, cfg.seed if sampling == "random" else 0)
     content = (checkpoint.fingerprint(teacher), repr(teacher), teacher.multiple, list(layers),

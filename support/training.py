@@ -101,7 +101,9 @@ class Training:
         self.save()          # a second call that passes the half-trained model is now refused
         self.model.train()
         bar = options.progress(loader, name, initial=self.done, total=self.cfg.steps)
-        with closing(loader):                                 # closing ends the loading processes
+        gpus = [self.device] if self.device.type == "cuda" else []
+        # closing ends the loading processes; fork_rng gives the caller its random state back.
+        with closing(loader), torch.random.fork_rng(gpus):
             for step, batch in enumerate(bar, self.done):
                 # Dropout depends on (seed, step) alone. On a CPU only the low 32 bits count.
                 torch.manual_seed((1_000_003 * self.cfg.seed + step) % 2 ** 63)

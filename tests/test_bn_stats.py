@@ -113,7 +113,8 @@ def test_frozen_look_alikes_score_like_ordinary_layers_and_in_training_mode_are_
     for module in (frozen, layer):
         module.running_var.fill_(1e-4)                                 # so that eps matters
     images = 0.01 * torch.randn(2, 3, 8, 8)
-    for network in (frozen, nn.Sequential(layer, nn.BatchNorm2d(3).eval())):       # one of two
+    dropout = nn.Sequential(look_alike(**eps).eval(), nn.Dropout())    # its distances are random
+    for network in (frozen, nn.Sequential(layer, nn.BatchNorm2d(3).eval()), dropout):
         with pytest.raises(ValueError, match=r"training mode.*eval"):
             image_distances(network, images)
     assert layer.num_batches_tracked == 0
@@ -123,7 +124,8 @@ def test_frozen_look_alikes_score_like_ordinary_layers_and_in_training_mode_are_
 
 @pytest.mark.parametrize(("spec", "expected"), [
     ("all", "a.0 a.1 b.0 b.1 b.2 c"), ("early", "a.0 a.1"), ("middle", "b.0 b.1"),
-    ("b", "b.0 b.1 b.2"), ("c,a.1", "a.1 c"), ("0,-1", "a.0 c"), ([2, "late"], "b.0 b.2 c")])
+    ("b", "b.0 b.1 b.2"), ("c,a.1", "a.1 c"), ("0,-1", "a.0 c"), ([2, "late"], "b.0 b.2 c"),
+    (0, "a.0"), ("early, c", "a.0 a.1 c"), ([], ""), (None, "a.0 a.1 b.0 b.1 b.2 c")])
 def test_layers_are_selected_by_preset_name_prefix_or_index(spec, expected):
     layers = dict.fromkeys(["a.0", "a.1", "b.0", "b.1", "b.2", "c"])
     assert " ".join(select_layers(layers, spec)) == expected

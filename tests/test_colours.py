@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import colours
-from colours import apply_colours, colour_target, transfer
+from colours import apply_colours, colour_target, match_colours, transfer
 
 R = 0.05 * torch.eye(3) + 0.95
 MEAN = torch.tensor([0.4, 0.5, 0.6])
@@ -86,6 +86,22 @@ def test_a_flat_image_gets_the_mean_with_a_bounded_gain_and_colours_are_clamped_
     for offset, expected in ((0, 0.4), (2, 1), (-2, 0)):
         shifted = maps + torch.tensor([0, 0, 0, offset])
         torch.testing.assert_close(apply_colours(flat, shifted), torch.full_like(flat, expected))
+
+
+@pytest.mark.parametrize("wrong", [
+    torch.zeros(1, 3, 8, 8).byte(), torch.zeros(3, 8, 8), torch.zeros(1, 1, 8, 8),
+    torch.full((1, 3, 8, 8), -0.6), torch.full((1, 3, 8, 8), 255.0)])
+def test_all_but_rgb_in_0_to_1_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"expected RGB floats \(B, 3, H, W\) in \[0, 1\]"):
+        match_colours(wrong, MEAN, COV)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_images_keep_their_precision(images, dtype):
+    matched = match_colours(images.to(dtype), MEAN, COV)
+    assert matched.dtype == dtype
+    expected = match_colours(images, MEAN, COV)
+    torch.testing.assert_close(matched.float(), expected, atol=1e-2, rtol=0)
 
 
 def test_the_demo_prints_the_worked_example_a_good_estimate_and_a_misjudged_camera(capsys):

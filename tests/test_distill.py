@@ -220,9 +220,28 @@ def test_another_run_in_the_same_folder_is_refused_and_its_student_kept(pool_fol
     for other in ({"teacher": another}, {"student": same_shape}, {"size": (32, 48)},
                   {"student": build_model("resnet_small", 7)},
                   {"cfg": dataclasses.replace(CONFIG, lr=0.1)}):
-        with pytest.raises(ValueError, match="is not a state of this run|began with other images"):
+        with pytest.raises(ValueError, match="is not a state of this run|began with the images"):
             api(pool_folder, tmp_path, **other)
     assert identical(bare(seed=2).state_dict(), same_shape.state_dict())
+
+
+def test_a_network_that_cannot_take_an_evaluated_size_is_noticed_before_training(world, tmp_path):
+    (tmp_path / "nets.py").write_text("""
+import torch
+from torch import nn
+
+class UNet(nn.Module):                       # for even sizes
+    def __init__(self):
+        super().__init__()
+        self.down, self.head = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(7, 8, 1)
+
+    def forward(self, x):
+        return self.head(torch.cat([x, nn.Upsample(scale_factor=2)(self.down(x))], 1))
+""")
+    words = "--student-model", f"{tmp_path}/nets.py:UNet", "--image-size", 32, 46     # val: 37x46
+    with pytest.raises(RuntimeError, match="must match"):
+        run(world, *words, out=tmp_path / "out")
+    assert not (tmp_path / "out" / "chosen.csv").exists()
 
 
 def test_photos_evaluated_on_and_unreadable_ones_are_left_out_and_named(world, tmp_path, capsys):

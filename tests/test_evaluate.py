@@ -105,6 +105,13 @@ def test_labels_outside_the_classes_are_refused_also_if_the_network_has_more_out
             evaluate(network(5), [(torch.rand(1, 3, 8, 8), torch.full((1, 8, 8), value))], 3)
 
 
+class Named(nn.Module):
+    """What torchvision's segmentation networks return."""
+
+    def forward(self, logits):
+        return {"out": logits, "aux": -logits}
+
+
 def test_a_reference_is_used_instead_of_the_targets():
     (images, targets), model, other = data(), network(), network()
     guess, truth = predict(model, images, (9, 14)), predict(other, images, (9, 14))
@@ -113,6 +120,13 @@ def test_a_reference_is_used_instead_of_the_targets():
         guess, torch.where(targets == 255, 255, truth), 3)
     full = slow_matrix(predict(model, images, (16, 24)), predict(other, images, (16, 24)), 3)
     assert evaluate(model, [(images, None)], 3, reference=other)["matrix"].tolist() == full
+    # ignore_index is a value of the targets; what the reference predicts is not left out.
+    ones = torch.ones(len(images), 16, 24, dtype=torch.uint8)
+    for ignored in (0, 2):
+        found = evaluate(model, [(images, ones)], 3, reference=other, ignore_index=ignored)
+        assert found["matrix"].tolist() == full
+    named = nn.Sequential(model, Named())
+    assert evaluate(named, [(images, None)], 3, reference=other)["matrix"].tolist() == full
     beyond = evaluate(other, [(images, None)], 1, reference=other)    # both: class 1 or 2, of 1
     assert beyond["pixel_accuracy"] == (predict(other, images, (16, 24)) == 0).float().mean()
     other.insert(1, nn.BatchNorm2d(8))

@@ -65,6 +65,12 @@ def test_logits_of_different_shapes_or_without_a_batch_are_refused(loss, student
         loss(torch.zeros(student), torch.zeros(teacher))
 
 
+def test_over_a_single_class_only_channelwise_has_something_to_compare():
+    with pytest.raises(ValueError, match="two classes or more"):
+        pixelwise_kd(torch.zeros(2, 1, 8, 8), torch.rand(2, 1, 8, 8))
+    assert (channelwise_kd(torch.zeros(2, 1, 8, 8), torch.rand(2, 1, 8, 8)) > 0).all()
+
+
 def test_the_upper_limit_of_channelwise_for_a_constant_student_is_that_of_the_docstring():
     t = torch.full((1, 2, 8, 8), -1e4)
     t[..., 0, 0] = 1e4                                             # all in one pixel

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -56,6 +57,11 @@ def test_a_frozen_network_and_a_copy_of_it_stay_so_whoever_asks_them_to_train():
         assert teacher.net.stem.train() is teacher.net.stem
     teacher.net.stem[1].running_mean += 1                        # the copy is independent
     assert fingerprint(frozen) == before
+
+
+def test_a_frozen_network_can_be_pickled_and_stays_frozen():
+    frozen = pickle.loads(pickle.dumps(freeze(build_model("resnet_tiny", 3))))
+    assert not any(module.training for module in frozen.train().modules())
 
 
 class Returns(nn.Module):

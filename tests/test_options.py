@@ -127,6 +127,8 @@ def test_sigterm_is_an_interruption_which_has_its_exit_code(capsys):
                 "ValueError: a.png is broken\n"), "a.png is broken"),
     (RuntimeError("DataLoader worker (pid 9) is killed by signal: Killed"),
      "a process that loads images died; use fewer --workers"),
+    (RuntimeError("Sizes of tensors must match except in dimension 1. Expected 34 but got 35"),
+     "a network cannot take this image size; give it `multiple`"),
     (RuntimeError("nll_loss2d does not have a deterministic implementation"),
      "a network cannot be computed so; leave out --deterministic")])
 def test_what_python_and_torch_raise_is_explained_by_its_cause(error, sentence, capsys):

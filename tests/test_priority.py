@@ -48,10 +48,18 @@ def test_effective_sample_size_counts_equal_weights_and_a_single_one():
     assert effective_sample_size(torch.tensor([0.0, 1, 0])) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("shape", [(0,), (3, 1), ()])
-def test_distances_that_are_empty_or_not_one_per_image_are_refused(shape):
-    with pytest.raises(ValueError, match=r"expected distances \(N,\), at least one; got"):
-        sample_weights(torch.ones(shape))
+@pytest.mark.parametrize("distances", [torch.ones(0), torch.ones(3, 1), torch.ones(()),
+                                       torch.arange(3)])
+def test_distances_that_are_empty_or_not_one_per_image_are_refused(distances):
+    with pytest.raises(ValueError, match=r"expected floating-point distances \(N,\), at least one"):
+        sample_weights(distances)
+
+
+@pytest.mark.parametrize("losses", [torch.ones(4, 1), torch.ones(4, 4, 4), torch.ones(3),
+                                    torch.tensor(1.0)])
+def test_losses_that_are_not_one_per_image_are_refused(losses):
+    with pytest.raises(ValueError, match=r"one loss and one weight per image.* and \(4,\)"):
+        weighted_loss(losses, torch.ones(4), 1.0)
 
 
 def test_errors_say_what_was_expected():

@@ -120,7 +120,7 @@ def test_a_run_does_not_resume_with_other_images_than_it_began_with(tmp_path):
     write_selection(tmp_path, result)                            # resumed: nothing is listed twice
     assert read_csv(tmp_path / "skipped.csv") == [
         ["reason"], ["d.jpg: the same image as e.jpg"], ["c.jpg: broken"]]
-    with pytest.raises(ValueError, match="other images of the pool; restore those in chosen.csv"):
+    with pytest.raises(ValueError, match="began with the images in chosen.csv; restore pool"):
         write_selection(tmp_path, {**result, "files": result["files"][::-1]})
     assert read_csv(tmp_path / "chosen.csv")[1:] == [["b.jpg", "1.0", "1.0"],
                                                      ["a.jpg", "2.0", "0.0"]]

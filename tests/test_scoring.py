@@ -3,6 +3,7 @@
 That scores are those of the function in pool order is tested in test_method.py.
 """
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -70,7 +71,14 @@ def test_another_teacher_pool_option_or_code_has_another_file(teacher, pool, tmp
     for code in ("x", "2 * x"):                                         # its forward pass
         (tmp_path / "nets.py").write_text(code)
         paths.append(name())
-    assert len(set(paths)) == 18
+    # The file in which a module of the network was defined, wherever it is.
+    (tmp_path / "elsewhere.py").write_text("import torch\nclass Net(torch.nn.Identity): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    teacher.net.extra = importlib.import_module("elsewhere").Net()
+    for code in ("x", "2 * x"):
+        (tmp_path / "elsewhere.py").write_text(code)
+        paths.append(name())
+    assert len(set(paths)) == 20
     assert paths[-1] == name(seed=3, steps=7, budget=2, workers=1)      # no distance depends on it
 
 

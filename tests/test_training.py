@@ -91,6 +91,12 @@ def test_dropout_depends_on_seed_and_step_alone():
     assert len(set(masks)) == 12 and masks[-3:] == masks[:3]           # three steps of four seeds
 
 
+def test_a_training_leaves_the_random_numbers_of_its_caller_alone():
+    model, before = network(), torch.get_rng_state()
+    train(model, steps=2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize(("stop_at", "workers"), [(2, 0), (6, 1), (11, 0)])
 def test_a_resumed_run_is_the_same_to_the_bit(often, tmp_path, monkeypatch, stop_at, workers):
     """Stopped before, at and after a state, which may fall between two checks of the loss."""
