@@ -143,8 +143,8 @@ def bn_distance(captured, layers, metric="l2"):
 def select_layers(layers, spec=None):
     """Return the part of {name: module} that `spec` names, in the same order.
 
-    spec: a comma-separated string or a sequence of "all", "early", "middle", "late" (thirds),
-    indices, names, prefixes ("layer1": all below it); None: all. ValueError if one has no match.
+    spec: an index, a comma-separated string or a sequence of "all", "early", "middle", "late"
+    (thirds), indices, names, prefixes ("layer1": all below it); None: all. ValueError without match.
     """
     names, n, selected = list(layers), len(layers), set()
     a, b = round(n / 3), round(2 * n / 3)
@@ -182,7 +182,7 @@ def demo():
     example = nn.BatchNorm2d(2, eps=1e-12).eval()
     example.running_mean, example.running_var = torch.tensor([0.0, 1]), torch.tensor([1.0, 5])
     torch.manual_seed(0)
-    train = torch.randn(2000, 8, 16, 16) + torch.randn(2000, 8, 1, 1)      # within, between images
+    train = torch.randn(2000, 8, 16, 16) + torch.randn(2000, 8, 1, 1)      # within + between images
     layer = nn.BatchNorm2d(8, momentum=1.0)
     layer(train)                                                     # fills the running statistics
     for name, network, images in (

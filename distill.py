@@ -70,9 +70,9 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
 
     teacher, student: modules on one device, from RGB in [0, 1] to logits of the same classes (see
     `models.wrap`, also for normalisation); the teacher is frozen for good, the student trained in
-    place. pool: a folder or a list of files. size: (H, W). cfg: of its options, those that name
-    files and a device do nothing here. out: a folder for records; a second call with the same
-    arguments and initial weights resumes an interrupted run. Returns `result` below, and "curve".
+    place. pool: a folder or a list of files. size: (H, W). cfg: its options for files and device
+    are ignored. out: a folder for records; a second call with the same arguments and initial
+    weights resumes an interrupted run. Returns `result` below; after training also "curve".
     """
     cfg = with_defaults(cfg or Config(), **DEFAULTS)
     out, timer = Path(out) if out else None, records.Timer()
