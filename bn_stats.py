@@ -9,7 +9,7 @@ Idea
     over the training data. An image with similar mean and variance resembles the training data.
 
 Equation (symbols below)
-    d(x) = sum over layers of one of
+    d(x) = sum over layers of one of these two distances
     l2   || mu(x) - mu_bn ||_2 + || var(x) - var_bn ||_2      channels with large values dominate
     kl   mean over channels of (v + (mu(x) - mu_bn)^2 / s2 - 1 - ln v) / 2     all count equally
 
@@ -97,7 +97,7 @@ def capture_bn_inputs(model, layers=None):
     Each pass clears `captured` first. Only a layer's first call is recorded; 1x1 maps are left out.
     """
     layers = layers if isinstance(layers, dict) else select_layers(bn_layers(model), layers)
-    if any(module.training and not [*module.children()] for module in model.modules()):
+    if any(m.training for m in model.modules() if not [*m.children()]):     # containers do not act
         raise ValueError("a part of the model is in training mode; call model.eval() first")
     captured, called = {}, set()
 
@@ -193,7 +193,7 @@ def demo():
         row = [f"{m} {image_distances(network, images, None, m).median():6.3f}" for m in METRICS]
         print(f"{name:40s}" + "    ".join(row))
     print("Caveat: a training image is not at 0, since its means differ from the running means.\n"
-          "Under l2, a blank image of average brightness is as near as that. Under kl it is far.")
+          "Under l2, a blank image of average brightness is as near as one. Under kl it is far.")
 
 
 if __name__ == "__main__":

@@ -13,20 +13,21 @@ Idea
 Equation (symbols below)
     response to a constant colour x, before the first BatchNorm layer:  A x + b
     mean        m* = argmin over m of || (A m + b - mu_bn) / s ||_2
-    covariance  S* = v R,   v = median over the layer's channels c of var_bn_c / (a_c' R a_c)
+    covariance  S* = v R,   v = median over channels of var_bn / (response's variance if v = 1)
     new colour  y  = T (x - m) + m*,   T = S^-1/2 (S^1/2 S* S^1/2)^1/2 S^-1/2
                 (0.001 is added to the diagonals of S and S*)
 
 Paper
     This step is ours, not DFSS's (Sun & Wu, arXiv 2512.13175). T is the linear Monge-Kantorovitch
     map of colour transfer (Pitie & Kokaram, CVMP 2007). R is an assumption: correlations of 0.95
-    between the colours, as in everyday photos. S* also holds the variance between training images.
+    between red, green and blue, as in everyday photos. var_bn also has the differences between
+    training images. A matched photo thus has more contrast than an average training image.
 
 Symbols
     x, y colours in [0, 1].  m (3,), S (3, 3): mean and covariance of the colours of one image;
-    m*, S*: those of the training images;  v: their variance per colour;  R (3, 3): 1 on the
-    diagonal, 0.95 elsewhere.  mu_bn, var_bn (C,): running mean and variance;  s = sqrt(var_bn).
-    A (C, 3) with rows a_c, b (C,);  ' transposes.  B images, C channels, H W pixels.
+    m*, S*: those of the training images;  v: the variance of red, green and blue, taken to be
+    equal;  R (3, 3): 1 on the diagonal, 0.95 elsewhere.  mu_bn, var_bn (C,): running mean and
+    variance;  s = sqrt(var_bn).  A (C, 3), b (C,).  B images, C channels, H W pixels.
 
 Worked example (simplified: grey, R = 1; the demo prints the last line, a test asserts it)
     a layer whose response to grey x is 4 x - 1, with mu_bn = 0.6, var_bn = 0.64:
@@ -87,7 +88,7 @@ def match_colours(images, mean, cov):
     images: RGB, finite, in [0, 1]; normalise them afterwards. Each is changed on its own. Clamping
     and the floor of `transfer` make it approximate. ValueError for another shape, type or range.
     """
-    # Not 0 and 1: antialiased resizing leaves this range a little.
+    # The bounds are wider than [0, 1], since antialiased resizing overshoots a little.
     if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point() or (
             images.min() < -0.5 or images.max() > 1.5):
         raise ValueError("expected RGB floats (B, 3, H, W) in [0, 1], not normalised; got "
@@ -112,8 +113,8 @@ def colour_target(response, mean_bn, var_bn, size):
     A = (outputs[1:] - outputs[0]).T / 0.2                                                  # (C, 3)
     s = var_bn.clamp_min(1e-12).sqrt()                # (C,); a dead channel has variance 0
 
-    # pinv, not lstsq: filters that see brightness alone leave the hue of the mean open. pinv then
-    # takes grey (the solution next to 0.5); with lstsq the hue is amplified rounding errors.
+    # If all filters respond to brightness alone, mean_bn does not determine the hue. pinv then
+    # gives grey (the solution nearest to 0.5), lstsq an arbitrary hue from rounding errors.
     inverse = torch.linalg.pinv((A / s[:, None]).double(), rtol=1e-5)                       # (3, C)
     mean = 0.5 + inverse @ ((mean_bn - outputs[0]) / s).double()                            # (3,)
 

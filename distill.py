@@ -38,7 +38,7 @@ from support.teacher_cache import TeacherCache, comparison_size, resize
 from support.training import Training, warmup_poly
 from train_teacher import builtin_teacher
 
-DEFAULTS = {"steps": 7200, "views": 24}        # of options that are None; drawn scenes: see run
+DEFAULTS = {"steps": 7200, "views": 24}        # for options that are None (scenes: see `run`)
 
 
 def selection_score(teacher, layers, cfg, count):
@@ -70,9 +70,9 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
 
     teacher, student: modules on one device, from RGB in [0, 1] to logits of the same classes (see
     `models.wrap`, also for normalisation); the teacher is frozen for good, the student trained in
-    place. pool: a folder or a list of files. size: (H, W). cfg: its options for files and device
-    are ignored. out: a folder for records; a second call with the same arguments and initial
-    weights resumes an interrupted run. Returns `result` below; after training also "curve".
+    place. pool: a folder or a list of files. size: (H, W). cfg: a Config, of which the options for
+    files and device are ignored. out: a folder for records; a second call with the same arguments
+    and initial weights resumes an interrupted run. Returns `result`, then also with "curve".
     """
     cfg = with_defaults(cfg or Config(), **DEFAULTS)
     out, timer = Path(out) if out else None, records.Timer()
@@ -85,8 +85,8 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     layers = select_layers(bn_layers(teacher), cfg.layers)
     check_inputs(teacher, student, layers, pool, cfg)       # tries a training step, with a copy
 
-    # 2. Score the pool. This is score_pool of ads_sampler.py, but unreadable files are `skipped`,
-    #    and with `out`, scores are cached in a file below runs/scores, which all runs share.
+    # 2. Score the pool, as score_pool of ads_sampler.py does. Unreadable files are `skipped`. If
+    #    records are written (`out`), scores also go to runs/scores, where later runs find them.
     score = selection_score(teacher, layers, cfg, len(pool))
     cache_file = score_file(teacher, layers, pool, cfg) if out else None
     scores, skipped = cached_scores(score, pool, device, cfg.workers, cache_file)         # (N,)
@@ -120,8 +120,8 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     weights = weights.to(device)
     batches = Batches(views, cfg.batch_size, cache)
     # An epoch has every selected photo once, in random order, each with its next view. A resumed
-    # run starts at a later step. index (B,): into `selected`.
-    for step, images, index, teacher_logits in trainer.batches(batches):
+    # run starts at a later step. The student is in training mode. index (B,): into `selected`.
+    for step, images, index, teacher_logits in trainer.steps(batches):
         if teacher_logits is None:
             teacher_logits = teacher_pass(images)                                  # (B, K, h, w)
         with trainer.autocast():
@@ -157,7 +157,7 @@ class Config(command.Inputs):     # with teacher, pool, metric, layers, match_co
     views: int | None = training(None, "cached views per photo, 0: fresh (default: 24; scenes: 8)")
     steps: int | None = training(None, "updates (default: 7200; scenes: 500)", min=1)
     batch_size: int = training(16, "images per update", min=1)
-    lr: float = training(0.01, "highest learning rate")
+    lr: float = training(0.01, "highest learning rate (large students: 0.001)")
     dry_run: bool = running(False, "score the pool, say whether it fits, and stop")
 
 

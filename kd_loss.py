@@ -11,13 +11,14 @@ Idea
     class ("where is it?").
 
 Equation
-    pixelwise    T^2 mean over pixels of sum over k of p log(p / q),  q, p = softmax_k(s/T, t/T)
-    channelwise  T^2 mean over k of sum over pixels of p log(p / q),  q, p = softmax_hw(s/T, t/T)
+    p = softmax(t / T) of the teacher, q = softmax(s / T) of the student
+    pixelwise    T^2 mean over pixels of sum over k of p log(p / q),  softmax over the classes k
+    channelwise  T^2 mean over k of sum over pixels of p log(p / q),  softmax over the pixels
 
     Both logits must have the same shape; resize one of them beforehand. The loss of an image does
-    not depend on the rest of its batch. pixelwise does not grow with the crop. channelwise can: if
-    the student's map of a class is constant, q = 1 / (H W), and the sum is ln(H W) - entropy of p.
-    In a larger crop with the same object, ln(H W) grows, and the entropy hardly does.
+    not depend on the rest of its batch. pixelwise does not grow with the number of pixels.
+    channelwise can: a student that gives a class the same logit everywhere has q = 1 / (H W), and
+    its loss is ln(H W) minus the entropy of p.
 
 Paper
     The KD loss of DFSS (Sun & Wu, arXiv 2512.13175) is not public; the sum of both is our default.
@@ -96,7 +97,7 @@ def channelwise_kd(student_logits, teacher_logits, temperature=4.0):
 
     The softmax over the H W logits of a class says where the class is. Small classes count as much
     as large ones, and a constant added to all logits of a class has no effect. T^2 times nats,
-    >= 0. Upsampling by repetition does not change the value. ValueError if the shapes differ.
+    >= 0. Repeating each pixel of both does not change the value. ValueError if the shapes differ.
     Formula: Shu et al.
     """
     s, t = check_and_cast(student_logits, teacher_logits)

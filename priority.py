@@ -12,8 +12,8 @@ Idea
 Equation
     w_i         = (max d - d_i) / (max d - min d)          "minmax": nearest 1, farthest 0
                   the same with the ranks 0 1 2 ... as d   "rank"
-    w_i(p)      = w_i + (1 - w_i) r                        p: progress of training, 0 to 1
-                  r = p "linear",  r = 0 "fixed",  r = 1 "uniform"
+    w_i(p)      = w_i + (1 - w_i) r(p)                     p: progress of training, 0 to 1
+                  r(p) = p "linear",  0 "fixed",  1 "uniform"
     loss(batch) = mean over the batch of w_b(p) l_b  /  mean over all selected images of w_i(p)
     ESS         = (sum w)^2 / sum w^2                      effective sample size
 
@@ -24,7 +24,7 @@ Paper
 
 Symbols
     N selected images, B images in a batch.  d (N,) distances, w (N,) weights, l (B,) losses.
-    r: how far the weights have moved towards 1.
+    r(p): how far the weights have moved towards 1.
 
 Worked example (the demo prints it, a test asserts it)
     d = 1  2  3  11:    minmax  w = 1  0.9  0.8  0;     at p = 0.5  w = 1  0.95  0.9  0.5
@@ -69,7 +69,7 @@ def sample_weights(distances, method="minmax"):
         raise ValueError("distances must be finite; leave out images that have no finite distance")
     if method == "rank":
         _, group, counts = distances.unique(return_inverse=True, return_counts=True)
-        ranks = counts.cumsum(0) - (counts + 1) / 2                    # mean rank of each tie
+        ranks = counts.cumsum(0) - (counts + 1) / 2                    # counts 1, 2: ranks 0, 1.5
         distances = ranks[group]
     elif method != "minmax":
         raise ValueError(f"method {method!r} is unknown; expected 'minmax' or 'rank'")

@@ -52,7 +52,7 @@ def train(model, data, cfg, out):
                                 fused=True)
     scheduler = warmup_poly(optimizer, cfg.steps)
     run = Training(model, optimizer, scheduler, cfg, out)
-    for _, images, _, target in run.batches(Batches(views, cfg.batch_size), "teacher"):
+    for _, images, _, target in run.steps(Batches(views, cfg.batch_size), "teacher"):
         with run.autocast():
             logits = F.interpolate(model(images), half, mode="bilinear")         # (B, K, H/2, W/2)
         loss = cross_entropy(logits, target)

@@ -161,10 +161,11 @@ def save_report(cfg, out, teacher, result, results, examples, timer):
     checkpoint.save_json(metrics, out / "metrics.json")   # last: with it, a run counts as finished
     (out / "state.pt").unlink(missing_ok=True)
     times = ", ".join(f"{name} {t:.0f} s" for name, t in metrics["stage_seconds"].items())
-    summary = ("\n{pool_images} pool images scored, {selected_images} selected, {seen_images} of "
-               "them seen in {updates} updates\n{times}\nrecord and figure: {out}\n")
+    unseen = "" if metrics["seen_images"] == count else ", too few to see all of them"
+    print(f"\n{metrics['pool_images']} pool images scored, {count} selected, {cfg.steps} updates"
+          f"{unseen}\n{times}\nrecord and figure: {out}")
+    summary = "agreement with the teacher {agreement_miou:.1%} (pixels {agreement_pixels:.1%})"
     if cfg.dataset != "none":
-        summary += "student mIoU {student_miou:.1%}, teacher {teacher_miou:.1%}, "
-    summary += "agreement with the teacher {agreement_miou:.1%} (pixels {agreement_pixels:.1%})"
-    print(summary.format(**metrics, times=times, out=out))
+        summary = "student mIoU {student_miou:.1%}, teacher {teacher_miou:.1%}, " + summary
+    print(summary.format(**metrics))
     return metrics

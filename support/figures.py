@@ -55,7 +55,7 @@ def histogram(ax, scores, selected, sampling):
     ax.hist(scores[selected].clamp(max=top), bins, color=BLUE, label=f"selected, {len(selected)}")
     what, first, _ = SCORES[sampling]
     ax.set(xlabel=f"{what} (last bin: all beyond)", ylabel="images",
-           title=f"2, 3  Score the pool, select the {first.lower()}")
+           title=f"Score the pool, select the {first.lower()}")
     ax.legend(frameon=False, fontsize=8)
 
 
@@ -66,7 +66,8 @@ def weight_curves(ax, weights, schedule, sampling):
     _, first, last = SCORES[sampling]
     for rank, name, shade in ((0, first, 1), (len(weights) // 2, "Median", 0.6), (-1, last, 0.3)):
         ax.plot(progress, curves[:, rank], color=ORANGE, alpha=shade, lw=2, label=name)
-    ax.set(xlabel="progress", ylabel="weight", ylim=(0, 1.05), title=f"4  Weights ({schedule})")
+    ax.set(xlabel="progress of training, from 0 to 1", ylabel="weight in the loss", ylim=(0, 1.05),
+           title="How much a selected image counts")
     ax.legend(frameon=False, fontsize=8)
 
 

@@ -7,7 +7,7 @@ Idea
 
 Use it
     run = Training(student, optimizer, scheduler, cfg)
-    for step, images, index, teacher_logits in run.batches(batches):
+    for step, images, index, teacher_logits in run.steps(batches):
         ...                                                # forward, backward, optimizer, scheduler
         run.log(loss)
     run.curve                                              # [(step, mean loss), ...]
@@ -90,11 +90,12 @@ class Training:
         """Note the loss of this step, a scalar."""
         self.losses.append(loss.detach())
 
-    def batches(self, dataset, name="distilling"):
+    def steps(self, dataset, name="distilling"):
         """Yield (step, *dataset[step]) on the device for each step that is left.
 
-        Images become float32 in [0, 1]. OSError for a file that can no longer be read, ValueError
-        when the loss is not finite. Whatever stops it, training resumes from the last state.
+        The model is in training mode until the last one. Images become float32 in [0, 1]. OSError
+        for a file that can no longer be read, ValueError when the loss is not finite. Whatever
+        stops it, training resumes from the last state.
         """
         todo = range(self.done, self.cfg.steps)
         loader = iterate(dataset, self.device, self.cfg.workers, batch_size=None, sampler=todo)

@@ -60,6 +60,14 @@ def chosen(out):
     return read_csv(out / "chosen.csv")[1:]
 
 
+@pytest.mark.parametrize(("steps", "said"), [("1", ", too few to see all of them"), ("2", "")])
+def test_the_report_says_if_a_run_was_too_short_to_see_all_it_selected(world, tmp_path, capsys,
+                                                                       steps, said):
+    run(world, "--steps", steps, out=tmp_path / "a")                        # 4 images per update
+    text = capsys.readouterr().out
+    assert f"\n40 pool images scored, 8 selected, {steps} updates{said}\n" in text
+
+
 def test_a_run_leaves_a_complete_record_a_figure_and_the_scored_student(world, tmp_path, capsys):
     out = tmp_path / "a"
     with warnings.catch_warnings(action="error"):                # nor does anything warn

@@ -42,7 +42,7 @@ def train(model, loss=usual_loss, data=None, out=None, **options):
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     scheduler = warmup_poly(optimizer, cfg.steps)
     run = Training(model, optimizer, scheduler, cfg, out)
-    for step, images, _, _ in run.batches(data or Noise()):
+    for step, images, _, _ in run.steps(data or Noise()):
         with run.autocast():
             value = loss(model, step, images)
         optimizer.zero_grad()
