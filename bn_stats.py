@@ -94,24 +94,20 @@ def capture_bn_inputs(model, layers=None):
         mean, var = captured["layer1.0.bn1"]           # (B, C) each, float32, differentiable
 
     layers: None (all), a spec of `select_layers`, or {name: module}; ValueError in training mode.
-    Each pass clears `captured` first. Only a layer's first call is recorded; 1x1 maps are left out.
+    Each pass clears `captured` first. A layer's first input larger than 1x1 counts, and no other.
     """
     layers = layers if isinstance(layers, dict) else select_layers(bn_layers(model), layers)
-    if any(m.training for m in model.modules() if not [*m.children()]):     # containers do not act
+    # Only modules without children: the flag of a container has no effect.
+    if any(m.training for m in model.modules() if not [*m.children()]):
         raise ValueError("a part of the model is in training mode; call model.eval() first")
-    captured, called = {}, set()
-
-    def clear(*_):
-        captured.clear()
-        called.clear()
+    captured = {}
 
     def record(layer, args, name):
-        if name not in called and args[0].dim() == 4 and args[0].shape[-2:].numel() > 1:
+        if name not in captured and args[0].dim() == 4 and args[0].shape[-2:].numel() > 1:
             captured[name] = spatial_moments(args[0], layer.running_mean)          # (B, C), (B, C)
-        called.add(name)
 
     with ExitStack() as hooks:                                # removes them, also after an error
-        hooks.enter_context(model.register_forward_pre_hook(clear))
+        hooks.enter_context(model.register_forward_pre_hook(lambda *_: captured.clear()))
         for name, layer in layers.items():
             hooks.enter_context(layer.register_forward_pre_hook(partial(record, name=name)))
         yield captured
@@ -150,8 +146,12 @@ def select_layers(layers, spec=None):
     a, b = round(n / 3), round(2 * n / 3)
     presets = {"all": names, "early": names[:a], "middle": names[a:b], "late": names[b:],
                **{str(i): [names[i]] for i in range(-n, n)}}
-    spec = ["all"] if spec is None else [spec] if isinstance(spec, int) else spec
-    for item in map(str.strip, spec.split(",") if isinstance(spec, str) else map(str, spec)):
+    if spec is None:
+        spec = "all"
+    elif isinstance(spec, int):
+        spec = str(spec)
+    for item in spec.split(",") if isinstance(spec, str) else spec:
+        item = str(item).strip()
         matches = presets.get(item) or [k for k in names if f"{k}.".startswith(f"{item}.")]
         if not matches:
             raise ValueError(f"no BatchNorm layer matches {item!r}; expected all, early, middle, "
@@ -193,7 +193,7 @@ def demo():
         row = [f"{m} {image_distances(network, images, None, m).median():6.3f}" for m in METRICS]
         print(f"{name:40s}" + "    ".join(row))
     print("Caveat: a training image is not at 0, since its means differ from the running means.\n"
-          "Under l2, a blank image of average brightness is as near as one. Under kl it is far.")
+          "Under l2, a blank image is as near as a training image. Under kl, it is far.")
 
 
 if __name__ == "__main__":

@@ -13,21 +13,22 @@ Idea
 Equation (symbols below)
     response to a constant colour x, before the first BatchNorm layer:  A x + b
     mean        m* = argmin over m of || (A m + b - mu_bn) / s ||_2
-    covariance  S* = v R,   v = median over channels of var_bn / (response's variance if v = 1)
+    covariance  S* = v R,   v = median over channels of var_bn / diag(A R A')
     new colour  y  = T (x - m) + m*,   T = S^-1/2 (S^1/2 S* S^1/2)^1/2 S^-1/2
                 (0.001 is added to the diagonals of S and S*)
 
 Paper
     This step is ours, not DFSS's (Sun & Wu, arXiv 2512.13175). T is the linear Monge-Kantorovitch
     map of colour transfer (Pitie & Kokaram, CVMP 2007). R is an assumption: correlations of 0.95
-    between red, green and blue, as in everyday photos. var_bn also has the differences between
+    between red, green and blue, as in everyday photos. var_bn also includes the variance between
     training images. A matched photo thus has more contrast than an average training image.
 
 Symbols
     x, y colours in [0, 1].  m (3,), S (3, 3): mean and covariance of the colours of one image;
     m*, S*: those of the training images;  v: the variance of red, green and blue, taken to be
     equal;  R (3, 3): 1 on the diagonal, 0.95 elsewhere.  mu_bn, var_bn (C,): running mean and
-    variance;  s = sqrt(var_bn).  A (C, 3), b (C,).  B images, C channels, H W pixels.
+    variance;  s = sqrt(var_bn).  A (C, 3), b (C,).  diag(A R A'), (C,): variance of
+    the response to colours of covariance R.  ' transposes.  B images, C channels, H W pixels.
 
 Worked example (simplified: grey, R = 1; the demo prints the last line, a test asserts it)
     a layer whose response to grey x is 4 x - 1, with mu_bn = 0.6, var_bn = 0.64:

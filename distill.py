@@ -72,11 +72,11 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
     `models.wrap`, also for normalisation); the teacher is frozen for good, the student trained in
     place. pool: a folder or a list of files. size: (H, W). cfg: a Config, of which the options for
     files and device are ignored. out: a folder for records; a second call with the same arguments
-    and initial weights resumes an interrupted run. Returns `result`, then also with "curve".
+    and initial weights resumes an interrupted run. Returns a dict, `result` below.
     """
     cfg = with_defaults(cfg or Config(), **DEFAULTS)
     out, timer = Path(out) if out else None, records.Timer()
-    teacher, student = freeze(wrap(teacher)), wrap(student)
+    teacher, student = freeze(wrap(teacher)), wrap(student)       # `wrap` keeps wrapped networks
     device = next(teacher.parameters()).device
     # match_colours: scoring and training see each photo in the colours of the teacher's data.
     pool = open_pool(pool, teacher, size, cfg.match_colours)
@@ -136,7 +136,7 @@ def distill(teacher, student, pool, size, cfg=None, out=None):
         scheduler.step()
         trainer.log(loss)
     timer("distillation")
-    return {**result, "curve": trainer.curve}
+    return {**result, "curve": trainer.curve}                         # [(step, mean loss), ...]
 
 
 # ---------------------------------------------------------------- options and command

@@ -16,9 +16,9 @@ Equation
     channelwise  T^2 mean over k of sum over pixels of p log(p / q),  softmax over the pixels
 
     Both logits must have the same shape; resize one of them beforehand. The loss of an image does
-    not depend on the rest of its batch. pixelwise does not grow with the number of pixels.
-    channelwise can: a student that gives a class the same logit everywhere has q = 1 / (H W), and
-    its loss is ln(H W) minus the entropy of p.
+    not depend on the rest of its batch. channelwise can grow with the crop: if the student gives a
+    class the same logit everywhere, q = 1 / (H W), and the loss is ln(H W) minus the entropy of p.
+    A larger crop around the same object increases ln(H W), but hardly the entropy.
 
 Paper
     The KD loss of DFSS (Sun & Wu, arXiv 2512.13175) is not public; the sum of both is our default.
@@ -78,7 +78,7 @@ def pixelwise_kd(student_logits, teacher_logits, temperature=1.0):
     """
     s, t = check_and_cast(student_logits, teacher_logits)
     if s.shape[1] == 1:
-        raise ValueError("expected two classes or more; a logit z for a sigmoid is the pair (0, z)")
+        raise ValueError("expected two classes or more; for a sigmoid's logit z, pass 0 and z")
     T = temperature
     log_s = F.log_softmax(s / T, dim=1)                              # (B, K, H, W)
     log_t = F.log_softmax(t / T, dim=1)                              # (B, K, H, W)
@@ -97,7 +97,7 @@ def channelwise_kd(student_logits, teacher_logits, temperature=4.0):
 
     The softmax over the H W logits of a class says where the class is. Small classes count as much
     as large ones, and a constant added to all logits of a class has no effect. T^2 times nats,
-    >= 0. Repeating each pixel of both does not change the value. ValueError if the shapes differ.
+    >= 0. Nearest-neighbour upsampling of both does not change it. ValueError if the shapes differ.
     Formula: Shu et al.
     """
     s, t = check_and_cast(student_logits, teacher_logits)

@@ -69,7 +69,8 @@ def sample_weights(distances, method="minmax"):
         raise ValueError("distances must be finite; leave out images that have no finite distance")
     if method == "rank":
         _, group, counts = distances.unique(return_inverse=True, return_counts=True)
-        ranks = counts.cumsum(0) - (counts + 1) / 2                    # counts 1, 2: ranks 0, 1.5
+        # Equal distances share the mean of their ranks: d = 5 7 7 has ranks 0 1.5 1.5.
+        ranks = counts.cumsum(0) - (counts + 1) / 2
         distances = ranks[group]
     elif method != "minmax":
         raise ValueError(f"method {method!r} is unknown; expected 'minmax' or 'rank'")

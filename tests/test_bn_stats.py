@@ -151,15 +151,19 @@ class Crossed(nn.Module):
         return self.last(self.first(self.first(x)) + self.pooled(x[..., 4:, 4:]) + pooled)
 
 
-@pytest.mark.parametrize("layers", [None, "first,last", ["first.1", "last"], "pooled,first"])
-def test_the_first_call_of_each_layer_counts_but_not_if_it_saw_a_single_pixel(layers):
+@pytest.mark.parametrize(("layers", "names"), [
+    (None, "first.1 pooled last.1"), ("first,last", "first.1 last.1"),
+    (["first.1", "last"], "first.1 last.1"), ("pooled,first", "first.1 pooled")])
+def test_the_first_input_of_a_layer_with_more_than_one_pixel_counts(layers, names):
     crossed, images = with_random_statistics(Crossed()), torch.rand(2, 3, 20, 20)
     with torch.no_grad(), capture_bn_inputs(crossed, layers) as captured:
         crossed(images)
         x = crossed.first[0](images)
         crossed.first[1](x)                                            # a call that comes later
     torch.testing.assert_close(captured["first.1"][0], x.mean((2, 3)))
-    assert list(captured) == (["first.1"] if layers == "pooled,first" else ["first.1", "last.1"])
+    if "pooled" in names:                                  # its first input is a 1x1 map
+        torch.testing.assert_close(captured["pooled"][0], images[..., 4:, 4:].mean((2, 3)))
+    assert list(captured) == names.split()
     expected = bn_distance(captured, bn_layers(crossed)).sum(dim=1)
     for same in (layers, select_layers(bn_layers(crossed), layers)):
         assert torch.equal(image_distances(crossed, images, same), expected)
