@@ -124,7 +124,8 @@ def colour_target(response, mean_bn, var_bn, size):
     alive = unit_var > 1e-8 * unit_var.max()          # else: rounding errors of a dead channel
     if not alive.any():
         raise ValueError("response is the same for all colours; return what enters BatchNorm")
-    # Median: a filter that detects edges has a large var_bn at a small response to brightness.
+    # Median, not mean: an edge filter hardly responds to a constant colour (small unit_var), but
+    # has a large var_bn, so that its ratio is far too large.
     v = (var_bn / unit_var)[alive].median()
     return mean.to(A), v * R
 
