@@ -94,7 +94,7 @@ def capture_bn_inputs(model, layers=None):
         mean, var = captured["layer1.0.bn1"]           # (B, C) each, float32, differentiable
 
     layers: None (all), a spec of `select_layers`, or {name: module}; ValueError in training mode.
-    Each pass clears `captured` first. A layer's first input larger than 1x1 counts, and no other.
+    Each pass clears `captured`. If a layer runs twice, its first input counts; 1x1 inputs do not.
     """
     layers = layers if isinstance(layers, dict) else select_layers(bn_layers(model), layers)
     # Only modules without children: the flag of a container has no effect.

@@ -103,10 +103,10 @@ def colour_target(response, mean_bn, var_bn, size):
 
     response: maps images (n, 3, H, W) in [0, 1] to the spatial mean (n, C) of the input of the
     network's first BatchNorm layer. Only linear filters may lie in between.
-    mean_bn, var_bn: the layer's running mean and variance, (C,). size: (H, W) for `response`.
-    Exact for 1x1 filters and a covariance of the form v R. Approximate for larger filters: the
-    neighbourhood that they see is taken to have one colour. ValueError for a response that is the
-    same for all colours.
+    mean_bn, var_bn: the layer's running mean and variance, (C,). size: (H, W) of the training
+    images, since the zero padding at their borders changes the response. Exact for 1x1 filters and
+    a covariance of the form v R. Approximate for larger filters: the neighbourhood that they see
+    is taken to have one colour. ValueError for a response that is the same for all colours.
     """
     # Grey, then grey with 0.2 more of red, green and blue.
     colours = 0.5 + 0.2 * torch.cat([torch.zeros(1, 3), torch.eye(3)]).to(mean_bn)          # (4, 3)

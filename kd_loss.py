@@ -72,9 +72,9 @@ def check_and_cast(student_logits, teacher_logits):
 def pixelwise_kd(student_logits, teacher_logits, temperature=1.0):
     """Return the mean over pixels of KL(teacher || student): (B, K, H, W) twice -> (B,).
 
-    One value per image, so that the caller can weight the images. T^2 times nats, >= 0. The teacher
-    gets no gradient. Logits must be finite; padded pixels count, crop them. ValueError if the
-    shapes differ, or for one class: over one class every softmax is 1. Formula: Hinton et al.
+    One value per image, so that the caller can weight the images: >= 0, in nats times T^2. The
+    teacher gets no gradient. Logits must be finite; padded pixels count, crop them. ValueError if
+    the shapes differ, or for one class: over one class every softmax is 1. Formula: Hinton et al.
     """
     s, t = check_and_cast(student_logits, teacher_logits)
     if s.shape[1] == 1:
@@ -96,9 +96,9 @@ def channelwise_kd(student_logits, teacher_logits, temperature=4.0):
     """Return the mean over classes of KL(teacher || student) over space: (B, K, H, W) x2 -> (B,).
 
     The softmax over the H W logits of a class says where the class is. Small classes count as much
-    as large ones, and a constant added to all logits of a class has no effect. T^2 times nats,
-    >= 0. Nearest-neighbour upsampling of both does not change it. ValueError if the shapes differ.
-    Formula: Shu et al.
+    as large ones, and a constant added to all logits of a class has no effect. The value is >= 0,
+    in nats times T^2. Nearest-neighbour upsampling of both logits does not change it. ValueError if
+    the shapes differ. Formula: Shu et al.
     """
     s, t = check_and_cast(student_logits, teacher_logits)
     T = temperature
