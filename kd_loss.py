@@ -16,9 +16,9 @@ Equation
     channelwise  T^2 mean over k of sum over pixels of p log(p / q),  softmax over the pixels
 
     Both logits must have the same shape; resize one of them beforehand. The loss of an image does
-    not depend on the rest of its batch. channelwise can grow with the crop: if the student gives a
-    class the same logit everywhere, q = 1 / (H W), and the loss is ln(H W) minus the entropy of p.
-    A larger crop around the same object increases ln(H W), but hardly the entropy.
+    not depend on the rest of its batch. channelwise can grow if a larger crop adds background: for
+    a student with equal logits everywhere, it is ln(H W) minus the entropy of p, and background
+    hardly changes the entropy. If both logits are upsampled instead, both terms grow alike.
 
 Paper
     The KD loss of DFSS (Sun & Wu, arXiv 2512.13175) is not public; the sum of both is our default.
@@ -97,8 +97,7 @@ def channelwise_kd(student_logits, teacher_logits, temperature=4.0):
 
     The softmax over the H W logits of a class says where the class is. Small classes count as much
     as large ones, and a constant added to all logits of a class has no effect. The value is >= 0,
-    in nats times T^2. Nearest-neighbour upsampling of both logits does not change it. ValueError if
-    the shapes differ. Formula: Shu et al.
+    in nats times T^2. ValueError if the shapes differ. Formula: Shu et al.
     """
     s, t = check_and_cast(student_logits, teacher_logits)
     T = temperature
