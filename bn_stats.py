@@ -140,7 +140,7 @@ def select_layers(layers, spec=None):
     """Return the part of {name: module} that `spec` names, in the same order.
 
     spec: an index, a comma-separated string or a sequence of "all", "early", "middle", "late"
-    (thirds), indices, names, prefixes ("layer1": all below it); None: all. ValueError if none fits.
+    (thirds), indices, names, prefixes ("layer1": all below it); None: all. ValueError for others.
     """
     names, n, selected = list(layers), len(layers), set()
     a, b = round(n / 3), round(2 * n / 3)

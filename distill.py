@@ -182,7 +182,7 @@ def run(cfg, out):
     print(f"5 distilled {cfg.steps} updates of {cfg.batch_size} images")
     results = {}
     if cfg.dataset != "none":
-        K = len(eval_data.dataset.class_names)      # predictions of others count as wrong
+        K = len(eval_data.dataset.class_names)      # the teacher's further classes: wrong
         results["teacher"] = evaluate(teacher, eval_data, K)
         results["student"] = evaluate(student, eval_data, K)
     results["agreement"] = evaluate(student, eval_data, teacher.num_classes, reference=teacher)
